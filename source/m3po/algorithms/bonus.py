@@ -1,0 +1,99 @@
+"""Exploration bonus (4)-(7): the gap between model-free and model-based value estimates (after arXiv 1811.07350)."""
+
+from __future__ import annotations
+
+import torch
+
+from m3po.config import BonusCfg
+from m3po.models import WorldModel
+
+
+@torch.no_grad()
+def value_gap(
+    model: WorldModel,
+    obs: torch.Tensor,
+    action: torch.Tensor,
+    reward: torch.Tensor,
+    next_obs: torch.Tensor,
+    terminated: torch.Tensor,
+    task: torch.Tensor,
+    gamma: float,
+) -> torch.Tensor:
+    """Equations (4)-(6): ``eps = abs(Q_mf - Q_mb)`` in reward units.
+
+    The true continuation mask stands on both sides; otherwise every fall would earn about ``gamma * abs(V)``.
+
+    Args:
+        model: World model.
+        obs: Observations, shape (B, O).
+        action: Executed actions, shape (B, A).
+        reward: Rewards, shape (B,).
+        next_obs: Observations before any reset, shape (B, O).
+        terminated: True terminations, shape (B,), boolean.
+        task: Task ids, shape (B,).
+        gamma: Discount.
+
+    Returns:
+        The gap, shape (B,), reward units.
+    """
+    e = model.embed(task)
+    z = model.encode(obs, task)
+    scale = model.rewards.scale(task)
+    alive = (~terminated).to(reward.dtype)
+    predicted_z, reward_logits, _ = model.predict(z, action, e)
+    predicted_reward = model.two_hot.decode(reward_logits)
+    if model.cfg.terminal_reward:
+        predicted_reward = torch.where(terminated, model.rewards.terminal[task] / scale, predicted_reward)
+    q_mf = reward / scale + gamma * alive * model.value(model.encode(next_obs, task), e)
+    q_mb = predicted_reward + gamma * alive * model.value(predicted_z, e)
+    return (q_mf - q_mb).abs() * scale
+
+
+def centre(eps: torch.Tensor, task: torch.Tensor, num_tasks: int, mode: str) -> torch.Tensor:
+    """Centre the gap within each task.
+
+    Args:
+        eps: Gaps in deviations of the advantage, shape (B,).
+        task: Task ids, shape (B,).
+        num_tasks: Number of tasks K.
+        mode: ``mean`` subtracts the mean (7); ``robust`` is ``(eps - median) / MAD`` clipped to [-3, 3].
+
+    Returns:
+        Centred gaps, shape (B,).
+    """
+    centred = torch.zeros_like(eps)
+    for k in range(num_tasks):
+        mine = task == k
+        if not mine.any():
+            continue
+        own = eps[mine]
+        if mode == "mean":
+            centred[mine] = own - own.mean()
+        else:
+            offset = own - own.median()
+            # 1.4826 * MAD estimates the deviation of a Gaussian.
+            centred[mine] = (offset / (1.4826 * offset.abs().median()).clamp_min(1e-8)).clamp(-3.0, 3.0)
+    return centred
+
+
+def add_bonus(advantage: torch.Tensor, centred: torch.Tensor, alpha: float, floor: float) -> torch.Tensor:
+    """Equation (7): ``A + clip(alpha * centred, -abs(A), +abs(A))``: never flips a sign, never more than doubles.
+
+    Args:
+        advantage: Advantages, any shape.
+        centred: Centred gaps, same shape.
+        alpha: Weight of the bonus.
+        floor: The bound is ``max(abs(A), floor)``; 0 is the paper's.
+
+    Returns:
+        Advantages with the bonus, same shape.
+    """
+    bound = advantage.abs().clamp_min(floor)
+    return advantage + torch.minimum(torch.maximum(alpha * centred, -bound), bound)
+
+
+def annealed_alpha(cfg: BonusCfg, progress: float) -> float:
+    """Weight of the bonus at a share ``progress`` in [0, 1] of the training: linear from ``alpha`` to 0."""
+    if cfg.anneal_fraction <= 0.0:
+        return 0.0
+    return cfg.alpha * max(0.0, 1.0 - progress / cfg.anneal_fraction)

@@ -1,0 +1,78 @@
+"""Checks and assembly of an :class:`~m3po.algorithms.m3po.M3PO` from an environment and a runner's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rsl_rl.env import VecEnv
+from rsl_rl.models import MLPModel
+from rsl_rl.utils import resolve_class, resolve_obs_groups
+from tensordict import TensorDict
+
+from m3po.config import AlgorithmCfg, from_dict, validate
+from m3po.errors import UserError
+from m3po.models import WorldModel
+
+
+def parse_algorithm_cfg(values: dict[str, Any]) -> AlgorithmCfg:
+    """The algorithm section of a runner configuration as a dataclass. Raises ``UserError`` on unknown fields."""
+    try:
+        return from_dict(AlgorithmCfg, {k: v for k, v in values.items() if k != "class_name"})
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def check_cfg(cfg: AlgorithmCfg, num_envs: int, num_steps: int) -> None:
+    """:func:`m3po.config.validate` as a ``UserError``."""
+    try:
+        validate(cfg, num_envs, num_steps)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def model_obs_groups(obs: TensorDict, obs_groups: dict[str, list[str]]) -> list[str]:
+    """Observation groups that the world model reads: the set ``model``, by default the actor's.
+
+    Raises:
+        UserError: If a group is not a vector.
+    """
+    groups = obs_groups.get("model", obs_groups["actor"])
+    for group in groups:
+        if obs[group].dim() != 2:
+            shape = tuple(obs[group].shape[1:])
+            raise UserError(
+                f"M3PO's world model reads vector observations, but group '{group}' has shape {shape}. "
+                "Choose vector groups with obs_groups['model'], or train this task with --algo ppo."
+            )
+    return groups
+
+
+def build_networks(
+    obs: TensorDict, env: VecEnv, train_cfg: dict[str, Any], cfg: AlgorithmCfg, device: str
+) -> tuple[MLPModel, MLPModel, WorldModel, list[str]]:
+    """Build policy prior, critic and world model, sized from the environment's spaces.
+
+    Policy and critic are rsl_rl's own models, so that they match PPO's in every detail.
+
+    Returns:
+        Actor, critic, world model, and the observation groups of the world model.
+    """
+    train_cfg["obs_groups"] = resolve_obs_groups(obs, train_cfg["obs_groups"], ["actor", "critic"])
+    groups = train_cfg["obs_groups"]
+    actor_class, actor_cfg = resolve_class(train_cfg["actor"])
+    critic_class, critic_cfg = resolve_class(train_cfg["critic"])
+    actor = actor_class(obs, groups, "actor", env.num_actions, **actor_cfg).to(device)
+    critic = critic_class(obs, groups, "critic", 1, **critic_cfg).to(device)
+    if actor.is_recurrent or critic.is_recurrent:
+        raise UserError("M3PO's policy and critic must not be recurrent; train this task with --algo ppo.")
+    if actor.distribution is None or not hasattr(actor.distribution, "std_range"):
+        raise UserError("M3PO's policy must have a Gaussian distribution (actor.distribution_cfg).")
+    model_groups = model_obs_groups(obs, groups)
+    obs_dim = sum(obs[group].shape[-1] for group in model_groups)
+    num_tasks = getattr(env, "num_tasks", 1)
+    # The world model draws its initial weights from a stream of its own: adding it must not change the policy's.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(train_cfg.get("seed", 0) + 1)
+        model = WorldModel(obs_dim, env.num_actions, num_tasks, cfg.world_model).to(device)
+    return actor, critic, model, model_groups

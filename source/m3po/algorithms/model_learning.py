@@ -1,0 +1,157 @@
+"""Training and held-out measurement of the world model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDict
+
+from m3po.models import WorldModel
+from m3po.models.world_model import balanced_bce
+from m3po.storage import RolloutRing, Sequences
+
+Flatten = Callable[[TensorDict], torch.Tensor]
+
+
+class ModelLearner:
+    """Gradient steps on the ring: consistency, reward, continuation, value and latent prior."""
+
+    def __init__(
+        self, model: WorldModel, flatten_obs: Flatten, policy_mean: Flatten, policy_std: Callable, critic: Flatten
+    ) -> None:
+        """Bind the learner to a model and to the networks it follows.
+
+        Args:
+            model: World model.
+            flatten_obs: Observation groups -> the model's observation vector, (..., O).
+            policy_mean: Observations -> mean action of the current policy, (B, A).
+            policy_std: () -> deviation of the current policy, (A,).
+            critic: Observations -> value of the current critic, (B,), reward units.
+        """
+        self.model = model
+        self.flatten_obs = flatten_obs
+        self.policy_mean = policy_mean
+        self.policy_std = policy_std
+        self.critic = critic
+        self.optimizer = torch.optim.Adam(model.parameter_groups(), eps=1e-5, fused=True)
+
+    def train(self, ring: RolloutRing) -> dict[str, float]:
+        """Take the configured number of gradient steps. Returns the mean of each loss term."""
+        cfg = self.model.cfg
+        sums: dict[str, torch.Tensor] = {}
+        for _ in range(cfg.steps_per_iteration):
+            losses = self.losses(ring.sample(cfg.batch_size, cfg.horizon))
+            self.optimizer.zero_grad(set_to_none=True)
+            self.total(losses).backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.max_grad_norm)
+            self.optimizer.step()
+            for name, loss in {**losses, "grad_norm": norm}.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach()
+        return {name: (total / cfg.steps_per_iteration).item() for name, total in sums.items()}
+
+    def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Weighted sum of the loss terms."""
+        cfg = self.model.cfg
+        return (
+            cfg.consistency_coef * losses["consistency"]
+            + cfg.reward_coef * losses["reward"]
+            + cfg.value_coef * losses["value"]
+            + cfg.continuation_coef * losses["continuation"]
+            + cfg.prior_coef * losses["prior"]
+        )
+
+    def losses(self, batch: Sequences) -> dict[str, torch.Tensor]:
+        """Loss terms of a batch of sub-sequences, each a scalar averaged over valid steps weighted by ``rho**k``."""
+        model, cfg, task = self.model, self.model.cfg, batch.task
+        horizon = batch.actions.shape[1]
+        with torch.no_grad():
+            target_z = model.encode(self.flatten_obs(batch.next_obs), task)
+            flat_obs = batch.obs.flatten(0, 1)
+            target_action = self.policy_mean(flat_obs).unflatten(0, batch.mask.shape)
+            values = batch.returns
+            if cfg.value_target == "critic":
+                values = self.critic(flat_obs).unflatten(0, batch.mask.shape)
+            scale = model.rewards.scale(task)
+            target_reward, target_value = batch.rewards / scale, values / scale
+            base_logit = model.rewards.termination_logit(task)
+            std = self.policy_std()
+
+        embedding = model.embed(task)
+        z = model.encode(self.flatten_obs(batch.obs[:, 0]), task[:, 0])
+        latents, steps = [], []
+        for k in range(horizon):
+            latents.append(z)
+            # The target carries the stop-gradient, the prediction does not: the dynamics must learn from consistency.
+            steps.append(model.predict(z, batch.actions[:, k], embedding[:, k]))
+            z = steps[-1][0]
+        z = torch.stack(latents, 1)
+        z_next, reward_logits, termination_logits = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+
+        decay = cfg.rho ** torch.arange(horizon, device=z.device)
+        weight = decay * batch.mask
+        next_weight = decay * batch.next_mask
+        consistency = (z_next - target_z).square().mean(-1)
+        reward = model.two_hot.cross_entropy(reward_logits, target_reward)
+        value = model.two_hot.cross_entropy(model.value_logits(z, embedding), target_value)
+        rate_logit = base_logit if cfg.balance_terminations else torch.zeros_like(base_logit)
+        continuation = balanced_bce(termination_logits, batch.terminated, rate_logit)
+        # The policy's gradient does not enter the encoder: the prior reads a detached latent.
+        prior = 0.5 * ((model.prior(z.detach(), embedding) - target_action) / std).square().sum(-1)
+        reward_weight = weight * ~batch.terminated if cfg.terminal_reward else weight
+        return {
+            "consistency": _mean(consistency, next_weight),
+            "reward": _mean(reward, reward_weight),
+            "value": _mean(value, weight),
+            "continuation": _mean(continuation, weight),
+            "prior": _mean(prior, weight),
+        }
+
+    @torch.no_grad()
+    def measure(self, batch: Sequences) -> dict[str, float]:
+        """Quality on data that the model has not trained on.
+
+        Returns:
+            ``skill_1`` and ``skill_H``: one minus the k-step latent error over the error of "no change";
+            ``error_1`` and ``error_H``: the k-step latent error itself (mean square);
+            ``reward_ev`` and ``value_ev``: explained variance of the reward (of surviving steps) and of the value;
+            ``fall_probability``: mean predicted probability on true falls.
+        """
+        model, task = self.model, batch.task
+        embedding = model.embed(task)
+        encoded = model.encode(self.flatten_obs(batch.next_obs), task)
+        z = start = model.encode(self.flatten_obs(batch.obs[:, 0]), task[:, 0])
+        result, horizon = {}, batch.actions.shape[1]
+        rewards, alive = [], []
+        for k in range(horizon):
+            z, reward, survives = model.step(z, batch.actions[:, k], embedding[:, k], task[:, k])
+            rewards.append(reward)
+            alive.append(survives)
+            if k in (0, horizon - 1):
+                mask = batch.next_mask[:, k].float()
+                error = _mean((z - encoded[:, k]).square().mean(-1), mask)
+                still = _mean((start - encoded[:, k]).square().mean(-1), mask)
+                name = "1" if k == 0 else "H"
+                result[f"error_{name}"] = error.item()
+                result[f"skill_{name}"] = (1.0 - error / still.clamp_min(1e-12)).item()
+        predicted = torch.stack(rewards, 1) * model.rewards.scale(task)
+        result["reward_ev"] = explained_variance(predicted, batch.rewards, batch.mask & ~batch.terminated)
+        value = model.value(start, embedding[:, 0]) * model.rewards.scale(task[:, 0])
+        result["value_ev"] = explained_variance(value, batch.returns[:, 0], batch.mask[:, 0])
+        falls = (batch.terminated & batch.mask).float()
+        result["fall_probability"] = _mean(1.0 - torch.stack(alive, 1), falls).item()
+        return result
+
+
+def explained_variance(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> float:
+    """``1 - Var(target - predicted) / Var(target)`` over masked elements; 0 if the target does not vary."""
+    target, predicted = target[mask], predicted[mask]
+    variance = target.var(unbiased=False)
+    if target.numel() < 2 or variance <= 1e-12:
+        return 0.0
+    return (1.0 - (target - predicted).var(unbiased=False) / variance).item()
+
+
+def _mean(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted mean, 0 where no weight is left."""
+    return (x * weight).sum() / weight.sum().clamp_min(1e-8)

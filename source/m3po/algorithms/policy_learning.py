@@ -1,0 +1,91 @@
+"""PPO epochs over a rollout, with the distillation of plans into the prior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rsl_rl.models import MLPModel
+from torch import nn
+
+from m3po.algorithms.policy_loss import distillation_loss, surrogate_loss, value_loss
+from m3po.config import AlgorithmCfg
+from m3po.storage import RolloutStorage
+
+
+class PolicyLearner:
+    """Trains policy and critic on the current rollout (8)-(9)."""
+
+    def __init__(self, actor: MLPModel, critic: MLPModel, cfg: AlgorithmCfg) -> None:
+        """Create Adam with groups of their own for policy, deviation and critic: one rate for all starves the critic."""
+        self.actor, self.critic, self.cfg = actor, critic, cfg
+        self.learning_rate = cfg.learning_rate
+        std = [p for name, p in actor.named_parameters() if name.startswith("distribution.")]
+        mean = [p for name, p in actor.named_parameters() if not name.startswith("distribution.")]
+        groups = ((mean, None), (std, cfg.std_learning_rate), (list(critic.parameters()), cfg.critic_learning_rate))
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": params, "lr": cfg.learning_rate if lr is None else lr, "adaptive": lr is None}
+                for params, lr in groups
+                if params
+            ],
+            fused=True,
+        )
+
+    def train(self, rollout: RolloutStorage) -> dict[str, float]:
+        """Run all epochs. Returns the mean of each loss, and the share of clipped ratios in the first epoch."""
+        cfg = self.cfg
+        sums: dict[str, float] = {}
+        updates = cfg.num_learning_epochs * cfg.num_mini_batches
+        for i, batch in enumerate(rollout.mini_batches(cfg.num_mini_batches, cfg.num_learning_epochs)):
+            terms, clipped = self._losses(batch)
+            loss = terms["surrogate"] + cfg.value_loss_coef * terms["value"] - cfg.entropy_coef * terms["entropy"]
+            if cfg.distill_coef > 0.0:
+                loss = loss + cfg.distill_coef * terms["distillation"]
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.actor.parameters(), cfg.max_grad_norm)
+            nn.utils.clip_grad_norm_(self.critic.parameters(), cfg.max_grad_norm)
+            self.optimizer.step()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.item() / updates
+            if i < cfg.num_mini_batches:
+                sums["clipped_share"] = sums.get("clipped_share", 0.0) + clipped.item() / cfg.num_mini_batches
+        return sums
+
+    def _losses(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Loss terms of a mini-batch, and its share of clipped ratios. Adapts the learning rate on the way."""
+        cfg = self.cfg
+        self.actor(batch["obs"], stochastic_output=True)
+        mean, std = self.actor.output_distribution_params
+        if cfg.schedule == "adaptive":
+            self._adapt_learning_rate((batch["mean"], batch["std"]), (mean, std))
+        surrogate, clipped = surrogate_loss(
+            self.actor.get_output_log_prob(batch["actions"]),
+            batch["log_pi"],
+            batch["log_beta"],
+            batch["advantages"],
+            cfg.clip_param,
+            cfg.ratio,
+        )
+        values = self.critic(batch["obs"]).squeeze(-1)
+        imitate = (batch["planned"] & (batch["plan_gain"] > 0)).float()
+        terms = {
+            "value": value_loss(values, batch["values"], batch["returns"], cfg.clip_param, cfg.use_clipped_value_loss),
+            "surrogate": surrogate,
+            "entropy": self.actor.output_entropy.mean(),
+            "distillation": distillation_loss(mean, batch["std"], batch["plan_mean"], imitate),
+        }
+        return terms, clipped
+
+    @torch.no_grad()
+    def _adapt_learning_rate(self, old: tuple[torch.Tensor, ...], new: tuple[torch.Tensor, ...]) -> None:
+        """rsl_rl's adaptive schedule: keep the KL of an update near ``desired_kl``."""
+        kl = self.actor.get_kl_divergence(old, new).mean()
+        if kl > 2.0 * self.cfg.desired_kl:
+            self.learning_rate = max(1e-5, self.learning_rate / 1.5)
+        elif 0.0 < kl < 0.5 * self.cfg.desired_kl:
+            self.learning_rate = min(1e-2, self.learning_rate * 1.5)
+        for group in self.optimizer.param_groups:
+            if group["adaptive"]:
+                group["lr"] = self.learning_rate

@@ -1,0 +1,376 @@
+"""Every tunable number of M3PO, one dataclass per component.
+
+Each field is one settlement of the algorithm (see ``docs/algorithm.md``), so that an ablation is one override:
+``agent.algorithm.planner.horizon=5``. Isaac Lab's configclasses are thin mirrors of the dataclasses below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+MODEL_SIZES: dict[str, tuple[int, int, int]] = {
+    # name: (latent dimensions, hidden width, encoder width); the parameter counts are those of a 60-d observation and
+    # an 8-d action, checked by a test.
+    "micro": (32, 64, 32),
+    "tiny": (64, 128, 128),
+    "small": (128, 256, 256),
+    "1M": (128, 416, 256),
+    "5M": (512, 912, 256),
+    "19M": (768, 1984, 1024),
+    "48M": (768, 3328, 1792),
+}
+"""World-model sizes: latent dimensions, hidden width of the heads, hidden width of the encoder."""
+
+
+@dataclass
+class WorldModelCfg:
+    """The implicit latent world model and its training."""
+
+    size: str = "1M"
+    """Row of :data:`MODEL_SIZES`."""
+
+    simnorm_dim: int = 8
+    """Group size of SimNorm; divides the latent dimensions."""
+
+    dynamics: str = "residual"
+    """``residual``: ``z' = SimNorm(log z + f(z, a))``, which is "no change" at initialisation; ``plain``: TD-MPC2's."""
+
+    task_embedding_dim: int = 96
+    """Dimensions of the learnable task embedding (maximum norm 1)."""
+
+    num_bins: int = 101
+    """Bins of the two-hot reward and value heads."""
+
+    bin_range: tuple[float, float] = (-10.0, 10.0)
+    """Range of the bins in symlog space."""
+
+    horizon: int = 3
+    """Transitions per training sub-sequence, steps."""
+
+    steps_per_iteration: int = 32
+    """Gradient steps after each rollout."""
+
+    batch_size: int = 1024
+    """Sub-sequences per gradient step."""
+
+    ring_transitions: int = 160_000
+    """Transitions kept from recent rollouts. 0 keeps exactly the current rollout."""
+
+    learning_rate: float = 3e-4
+    """Adam's step size."""
+
+    encoder_lr_scale: float = 0.3
+    """Step size of the encoder relative to :attr:`learning_rate`."""
+
+    max_grad_norm: float = 20.0
+    """Gradient clipping threshold (L2 norm over the whole model)."""
+
+    consistency_coef: float = 200.0
+    """Weight of the latent consistency loss."""
+
+    reward_coef: float = 0.3
+    """Weight of the reward cross-entropy."""
+
+    value_coef: float = 0.1
+    """Weight of the value cross-entropy."""
+
+    continuation_coef: float = 1.0
+    """Weight of the continuation cross-entropy."""
+
+    prior_coef: float = 1.0
+    """Weight of the KL term that keeps the latent prior at the executed policy."""
+
+    value_target: str = "critic"
+    """``critic``: ``V(z)`` follows the GAE critic, which is up to date on old data too; ``returns``: lambda-returns."""
+
+    rho: float = 0.5
+    """Step ``k`` of a sub-sequence is weighted ``rho**k``."""
+
+    balance_terminations: bool = False
+    """Weight both classes of the continuation loss equally."""
+
+    terminal_reward: bool = False
+    """Learn the reward of a fall as a constant of its own (per task) instead of through the reward head."""
+
+
+@dataclass
+class PlannerCfg:
+    """Batched MPPI over the latent model."""
+
+    horizon: int = 3
+    """Planned steps H."""
+
+    num_samples: int = 64
+    """Candidate action sequences per environment, those of the prior included."""
+
+    num_prior_samples: int = 8
+    """Candidates that follow the latent prior closed-loop."""
+
+    num_iterations: int = 2
+    """MPPI iterations. 0 reproduces the prior bit for bit."""
+
+    num_elites: int = 8
+    """Best candidates that update the sampling distribution."""
+
+    temperature: float = 1.0
+    """Softmax inverse scale: weight of a candidate is ``exp(z_score * temperature)``."""
+
+    max_noise: float = 3.0
+    """Bound on the whitened perturbation ``abs(u)``."""
+
+    min_std: float = 0.05
+    """Lower bound of the whitened sampling deviation after an update."""
+
+    share: float = 0.25
+    """Share of the environments that are planned, in [0, 1]; which ones rotates with every rollout."""
+
+    max_kl: float = 0.3
+    """Trust region: largest ``KL(beta||pi)`` of an executed plan, nats."""
+
+    execution: str = "projected"
+    """``projected``: ``a = m + sigma * xi`` on the trust region; ``mppi``: an elite drawn by its weight, plus noise."""
+
+    min_skill: float | None = 0.2
+    """The planner is off while the model's one-step skill over "no change" is below this. ``None``: no gate."""
+
+    min_reward_ev: float | None = 0.2
+    """The planner is off while the model explains less of the reward's variance than this. ``None``: no gate."""
+
+
+@dataclass
+class BonusCfg:
+    """Exploration bonus (4)-(7) from the gap between model-free and model-based values."""
+
+    alpha: float = 0.0
+    """Initial weight of the bonus."""
+
+    anneal_fraction: float = 0.5
+    """``alpha`` falls linearly to 0 over this share of the training iterations."""
+
+    centering: str = "robust"
+    """``mean``: ``eps - mean(eps)`` (paper); ``robust``: per-task ``(eps - median)/MAD``, clipped to 3."""
+
+    floor: float = 0.0
+    """The bonus is bounded by ``max(abs(A), floor)``."""
+
+
+@dataclass
+class AlgorithmCfg:
+    """The M3PO update: PPO core (8)-(9), model, planner and bonus."""
+
+    num_learning_epochs: int = 5
+    """Passes over the rollout."""
+
+    num_mini_batches: int = 4
+    """Mini-batches per pass."""
+
+    clip_param: float = 0.2
+    """PPO's clipping range of the ratio."""
+
+    gamma: float = 0.99
+    """Discount per decision step."""
+
+    lam: float = 0.9
+    """Lambda of GAE and of V-trace."""
+
+    value_loss_coef: float = 1.0
+    """Weight of the critic's loss."""
+
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    learning_rate: float = 1e-3
+    """Initial step size of the policy."""
+
+    critic_learning_rate: float | None = None
+    """Step size of the critic. ``None`` follows the policy's adaptive rate, as in rsl_rl."""
+
+    std_learning_rate: float | None = None
+    """Step size of a learnable deviation. ``None`` follows the policy's adaptive rate."""
+
+    max_grad_norm: float = 1.0
+    """Gradient clipping threshold of policy and critic, each."""
+
+    use_clipped_value_loss: bool = True
+    """Clip the critic's update as PPO2 does."""
+
+    schedule: str = "adaptive"
+    """``adaptive``: the policy's rate follows :attr:`desired_kl`; ``fixed``."""
+
+    desired_kl: float = 0.01
+    """Target KL per update of the adaptive schedule, nats."""
+
+    ratio: str = "decoupled"
+    """``decoupled``: ``min(1, pi_old/beta)`` times the clipped ``pi_new/pi_old``; ``prior``: the paper's."""
+
+    advantage: str = "gae"
+    """``gae``, or ``vtrace`` for a planner without a trust region."""
+
+    distill_coef: float = 0.2
+    """Weight of the regression of the prior's mean onto the planner's, where the plan is predicted to be better."""
+
+    world_model: WorldModelCfg = field(default_factory=WorldModelCfg)
+    """World model."""
+
+    planner: PlannerCfg = field(default_factory=PlannerCfg)
+    """Planner."""
+
+    bonus: BonusCfg = field(default_factory=BonusCfg)
+    """Exploration bonus."""
+
+    def __post_init__(self) -> None:
+        """Accept nested dictionaries, as configuration systems deliver them."""
+        for name, cls in (("world_model", WorldModelCfg), ("planner", PlannerCfg), ("bonus", BonusCfg)):
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, from_dict(cls, value))
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Build a configuration dataclass from a dictionary.
+
+    Raises:
+        ValueError: If a key is not a field of the dataclass; the message lists the fields.
+    """
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}. It has: {', '.join(names)}.")
+    return cls(**values)
+
+
+def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int) -> None:
+    """Check a configuration against the rollout it will run on, before any simulation starts.
+
+    Args:
+        cfg: The algorithm's configuration.
+        num_envs: Environments N.
+        num_steps: Steps per rollout T.
+
+    Raises:
+        ValueError: Names the field, its value and what is allowed.
+    """
+    wm, planner, bonus = cfg.world_model, cfg.planner, cfg.bonus
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(message)
+
+    require(num_envs >= 1, f"num_envs must be at least 1, got {num_envs}.")
+    require(num_steps >= 1, f"num_steps_per_env must be at least 1, got {num_steps}.")
+    samples = num_envs * num_steps
+    require(cfg.num_learning_epochs >= 1, f"num_learning_epochs must be at least 1, got {cfg.num_learning_epochs}.")
+    require(
+        1 <= cfg.num_mini_batches <= samples,
+        f"num_mini_batches must lie between 1 and the {samples} samples of a rollout, got {cfg.num_mini_batches}.",
+    )
+    require(wm.size in MODEL_SIZES, f"world_model.size must be one of {', '.join(MODEL_SIZES)}, got '{wm.size}'.")
+    choices = (
+        ("world_model.dynamics", wm.dynamics, ("residual", "plain")),
+        ("world_model.value_target", wm.value_target, ("critic", "returns")),
+        ("planner.execution", planner.execution, ("projected", "mppi")),
+        ("bonus.centering", bonus.centering, ("mean", "robust")),
+        ("ratio", cfg.ratio, ("decoupled", "prior")),
+        ("advantage", cfg.advantage, ("gae", "vtrace")),
+        ("schedule", cfg.schedule, ("adaptive", "fixed")),
+    )
+    for name, value, allowed in choices:
+        require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got '{value}'.")
+    at_least_one = (
+        ("planner.horizon", planner.horizon),
+        ("planner.num_samples", planner.num_samples),
+        ("planner.num_elites", planner.num_elites),
+        ("world_model.horizon", wm.horizon),
+        ("world_model.batch_size", wm.batch_size),
+    )
+    for name, value in at_least_one:
+        require(value >= 1, f"{name} must be at least 1, got {value}.")
+    at_least_zero = (
+        ("planner.num_iterations", planner.num_iterations),
+        ("planner.num_prior_samples", planner.num_prior_samples),
+        ("planner.max_kl", planner.max_kl),
+        ("world_model.steps_per_iteration", wm.steps_per_iteration),
+        ("world_model.ring_transitions", wm.ring_transitions),
+        ("distill_coef", cfg.distill_coef),
+        ("bonus.alpha", bonus.alpha),
+        ("bonus.floor", bonus.floor),
+    )
+    for name, value in at_least_zero:
+        require(value >= 0, f"{name} must not be negative, got {value}.")
+    require(0.0 <= planner.share <= 1.0, f"planner.share must lie in [0, 1], got {planner.share}.")
+    require(
+        planner.num_elites <= planner.num_samples,
+        f"planner.num_elites ({planner.num_elites}) exceeds planner.num_samples ({planner.num_samples}).",
+    )
+    require(
+        planner.num_prior_samples <= planner.num_samples,
+        f"planner.num_prior_samples ({planner.num_prior_samples}) exceeds planner.num_samples ({planner.num_samples}).",
+    )
+    require(
+        wm.horizon <= num_steps,
+        f"world_model.horizon ({wm.horizon}) exceeds the {num_steps} steps of a rollout (num_steps_per_env).",
+    )
+    for name, value in (("gamma", cfg.gamma), ("lam", cfg.lam)):
+        require(0.0 <= value <= 1.0, f"{name} must lie in [0, 1], got {value}.")
+
+
+def default_preset(device: str) -> AlgorithmCfg:
+    """Default mode: the algorithm with the settlements that paid in measurements, sized for the device.
+
+    Args:
+        device: Torch device name; a CPU gets a smaller model and planner.
+    """
+    if device.startswith("cpu"):
+        return AlgorithmCfg(
+            world_model=WorldModelCfg(
+                size="tiny", task_embedding_dim=8, steps_per_iteration=32, batch_size=256, learning_rate=2e-3
+            ),
+            planner=PlannerCfg(
+                horizon=4, num_samples=16, num_prior_samples=2, num_iterations=1, num_elites=16, share=0.5
+            ),
+        )
+    return AlgorithmCfg(world_model=WorldModelCfg(steps_per_iteration=28, batch_size=4096))
+
+
+def paper_preset(device: str) -> AlgorithmCfg:
+    """Paper mode: mean centring, the prior's ratio, every environment planned with TD-MPC2's budget.
+
+    Args:
+        device: Torch device name; a CPU gets a smaller model and fewer candidates, or one step would take minutes.
+    """
+    cpu = device.startswith("cpu")
+    return AlgorithmCfg(
+        lam=0.95,
+        learning_rate=3e-4,
+        schedule="fixed",
+        ratio="prior",
+        advantage="vtrace",
+        distill_coef=0.0,
+        world_model=WorldModelCfg(
+            size="tiny" if cpu else "5M",
+            dynamics="plain",
+            value_target="returns",
+            horizon=3,
+            ring_transitions=0,
+            steps_per_iteration=16 if cpu else 64,
+            batch_size=256 if cpu else 1024,
+            encoder_lr_scale=0.3,
+            consistency_coef=20.0,
+            reward_coef=0.1,
+        ),
+        planner=PlannerCfg(
+            temperature=0.5,
+            horizon=3,
+            num_samples=32 if cpu else 512,
+            num_prior_samples=4 if cpu else 24,
+            num_iterations=1 if cpu else 6,
+            num_elites=8 if cpu else 64,
+            share=1.0,
+            execution="mppi",
+            min_skill=None,
+            min_reward_ev=None,
+        ),
+        bonus=BonusCfg(alpha=1.0, anneal_fraction=1.0, centering="mean"),
+    )

@@ -1,0 +1,198 @@
+"""Noise-free evaluation with a fixed number of episodes per environment.
+
+Counting the first episodes that *finish* would over-represent short ones: a policy that falls half of the time would
+look as if it fell nearly always. Here every environment plays its own share, and only that share is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from rsl_rl.env import VecEnv
+from tensordict import TensorDict
+
+from m3po.errors import M3POError, UserError
+
+Policy = Callable[[TensorDict], torch.Tensor]
+"""Observations [n] to actions [n, A]. ``policy.reset(dones)`` is called after every step where it exists."""
+
+CHECK_INTERVAL = 16
+"""Steps between two looks of the host at the device, to see whether all episodes are over."""
+
+
+def evaluate(env: VecEnv, policy: Policy, num_episodes: int, on_step: Callable[[], None] | None = None) -> dict:
+    """Evaluate one policy; see :func:`evaluate_policies`.
+
+    Returns:
+        ``return_mean``, ``return_std``, ``length_mean``, ``length_std`` [steps], ``termination_rate`` (true ends, not
+        time-outs), ``success_rate`` (``None`` where the task does not report it), ``num_episodes``,
+        ``steps_per_second`` (of all environments together) and ``returns``, one per episode.
+    """
+    return evaluate_policies(env, {"policy": policy}, num_episodes, on_step)["policy"]
+
+
+def evaluate_policies(
+    env: VecEnv, policies: Mapping[str, Policy], num_episodes: int, on_step: Callable[[], None] | None = None
+) -> dict[str, dict]:
+    """Evaluate several policies in one pass, each on its own slice of the environments, from a fresh reset.
+
+    Args:
+        env: The environments; needs ``reset()`` besides what :class:`rsl_rl.env.VecEnv` asks for.
+        policies: The policies by name. The environments are split evenly among them, in order.
+        num_episodes: Episodes of each policy, spread evenly over its environments.
+        on_step: Called after every step, for example to record a frame.
+
+    Returns:
+        The result of each policy under its name, as :func:`evaluate` describes it. A task reports success as one number
+        for all episodes that end in a step. Where this number is the share of time-outs at every step, success means
+        survival and is known for each episode. Otherwise each of them counts with the number; where they belong to
+        several policies and the number is neither 0 nor 1, ``success_rate`` is ``None``.
+
+    Raises:
+        UserError: If there are fewer environments than policies, or no episodes are asked for.
+        M3POError: If the episodes do not end within the task's time limit.
+    """
+    if num_episodes < 1:
+        raise UserError(f"The number of episodes must be at least 1, got {num_episodes}.")
+    if env.num_envs < len(policies):
+        raise UserError(f"{len(policies)} policies need at least as many environments, got {env.num_envs}.")
+    slices = _split(env.num_envs, len(policies))
+    tally = _Tally(env, slices, num_episodes)
+    max_steps = tally.num_slots * (int(torch.as_tensor(env.max_episode_length).max()) + 1)
+
+    start = time.perf_counter()
+    # Simulators update their buffers in place, and tensors born in inference mode can only be updated there: hence the
+    # reset is inside as well.
+    with torch.inference_mode():
+        obs, _ = env.reset()
+        for policy, part in zip(policies.values(), slices, strict=True):
+            _reset(policy, torch.ones(part.stop - part.start, dtype=torch.bool, device=env.device))
+        for step in range(1, max_steps + 1):
+            actions = [policy(obs[part]).to(env.device) for policy, part in zip(policies.values(), slices, strict=True)]
+            obs, rewards, dones, extras = env.step(torch.cat(actions))
+            tally.add(rewards, dones, extras)
+            for policy, part in zip(policies.values(), slices, strict=True):
+                _reset(policy, dones[part])
+            if on_step is not None:
+                on_step()
+            if (step % CHECK_INTERVAL == 0 or step == max_steps) and tally.complete():
+                break
+        else:
+            raise M3POError(f"The evaluation's episodes did not end within {max_steps} steps, the task's time limit.")
+    steps_per_second = step * env.num_envs / (time.perf_counter() - start)
+    return {
+        name: {**tally.summary(part), "steps_per_second": steps_per_second}
+        for name, part in zip(policies, slices, strict=True)
+    }
+
+
+class _Tally:
+    """Running episodes and the counted ones, on the environments' device."""
+
+    def __init__(self, env: VecEnv, slices: list[slice], num_episodes: int) -> None:
+        """Give every environment its share of the episodes; earlier environments take the remainder."""
+        device = env.device
+        self.quota = torch.empty(env.num_envs, dtype=torch.long, device=device)
+        self.group = torch.empty(env.num_envs, dtype=torch.long, device=device)
+        self.num_slots = 0
+        """Largest share of an environment."""
+        for index, part in enumerate(slices):
+            share, remainder = divmod(num_episodes, part.stop - part.start)
+            self.quota[part] = share
+            self.quota[part][:remainder] += 1
+            self.group[part] = index
+            self.num_slots = max(self.num_slots, share + (remainder > 0))
+        shape = (env.num_envs, self.num_slots)
+        self.returns = torch.zeros(shape, device=device)
+        self.lengths = torch.zeros(shape, device=device)
+        self.terminated = torch.zeros(shape, device=device)
+        self.success = torch.full(shape, torch.nan, device=device)
+        self.finished = torch.zeros(env.num_envs, dtype=torch.long, device=device)
+        self._return = torch.zeros(env.num_envs, device=device)
+        self._length = torch.zeros(env.num_envs, device=device)
+        self._rows = torch.arange(env.num_envs, device=device)
+        self._success_key: str | None = None
+        self._is_survival = torch.ones((), dtype=torch.bool, device=device)
+
+    def add(self, rewards: torch.Tensor, dones: torch.Tensor, extras: dict[str, Any]) -> None:
+        """Account for one step.
+
+        Args:
+            rewards: Shape (num_envs,).
+            dones: Shape (num_envs,); terminations and time-outs alike.
+            extras: ``time_outs``, shape (num_envs,); without it every end is a termination, which is what a task with a
+                finite horizon means by it. ``log`` may carry the success rate of the environments that reset.
+        """
+        device = self._return.device
+        done = dones.to(device).bool()
+        time_outs = extras["time_outs"].to(device).bool() if "time_outs" in extras else torch.zeros_like(done)
+        self._return += rewards.to(device)
+        self._length += 1
+        counted = done & (self.finished < self.quota)
+        slot = self.finished.clamp(max=self.num_slots - 1)
+        for table, value in (
+            (self.returns, self._return),
+            (self.lengths, self._length),
+            (self.terminated, (~time_outs).float()),
+            (self.success, self._reported_success(done, time_outs, extras.get("log") or {})),
+        ):
+            table[self._rows, slot] = torch.where(counted, value, table[self._rows, slot])
+        self.finished += counted
+        self._return.masked_fill_(done, 0.0)
+        self._length.masked_fill_(done, 0.0)
+
+    def _reported_success(self, done: torch.Tensor, time_outs: torch.Tensor, log: dict[str, Any]) -> torch.Tensor:
+        """Return the success of the episodes that end now, shape (); NaN where unknown.
+
+        The log is the simulator's own dictionary and stays until the next reset: it says something only where ``done``.
+        """
+        if self._success_key is None:
+            self._success_key = next((key for key in log if _is_success_rate(key)), None)
+        value = torch.as_tensor(log.get(self._success_key, torch.nan), dtype=torch.float32, device=done.device).mean()
+        time_out_share = (time_outs & done).sum() / done.sum()
+        self._is_survival &= ~done.any() | torch.isclose(value, time_out_share)
+        first = torch.where(done, self.group, self.group.max() + 1).min()
+        last = torch.where(done, self.group, -1).max()
+        return torch.where((first == last) | (value == 0.0) | (value == 1.0), value, torch.nan)
+
+    def complete(self) -> bool:
+        """Return whether every environment has played its share. Waits for the device."""
+        return bool((self.finished >= self.quota).all())
+
+    def summary(self, part: slice) -> dict:
+        """Return the statistics of the counted episodes of a slice of the environments."""
+        counted = torch.arange(self.num_slots, device=self.quota.device) < self.quota[part, None]
+        success = torch.where(self._is_survival, 1.0 - self.terminated, self.success)
+        columns = torch.stack([t[part][counted] for t in (self.returns, self.lengths, self.terminated, success)])
+        returns, lengths, terminated, success = columns.double().cpu()
+        return {
+            "return_mean": returns.mean().item(),
+            "return_std": returns.std(correction=0).item(),
+            "length_mean": lengths.mean().item(),
+            "length_std": lengths.std(correction=0).item(),
+            "termination_rate": terminated.mean().item(),
+            "success_rate": None if success.isnan().any() else success.mean().item(),
+            "num_episodes": returns.numel(),
+            "returns": returns.tolist(),
+        }
+
+
+def _is_success_rate(key: str) -> bool:
+    """Tell a task's success metric (``Metrics/success_rate``, ``Metrics/lift_success_rate``) from reward terms."""
+    return key.startswith("Metrics/") and key.endswith("success_rate")
+
+
+def _split(num_envs: int, num_groups: int) -> list[slice]:
+    """Split the environments into contiguous slices whose sizes differ by at most one."""
+    bounds = [num_envs * index // num_groups for index in range(num_groups + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def _reset(policy: Policy, dones: torch.Tensor) -> None:
+    """Tell a policy with a memory which environments start a new episode."""
+    if hasattr(policy, "reset"):
+        policy.reset(dones)

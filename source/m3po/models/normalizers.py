@@ -1,0 +1,80 @@
+"""Running statistics kept per task, so that one task's scale never drowns another's.
+
+All of them change only when ``update`` is called: they are frozen during a rollout and its policy update.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class TaskNormalizer(nn.Module):
+    """Per-task running mean and deviation of a vector."""
+
+    def __init__(self, num_tasks: int, dim: int, eps: float = 1e-2) -> None:
+        """Start at mean 0 and deviation 1 for each of ``num_tasks`` tasks of ``dim`` dimensions."""
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("mean", torch.zeros(num_tasks, dim))
+        self.register_buffer("var", torch.ones(num_tasks, dim))
+        self.register_buffer("count", torch.zeros(num_tasks))
+
+    def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Normalise rows. Shapes (..., D) and (...,) -> (..., D)."""
+        return (x - self.mean[task]) / (self.var[task].sqrt() + self.eps)
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor, task: torch.Tensor) -> None:
+        """Merge a batch of rows (B, D) of tasks (B,) into the running statistics (parallel Welford)."""
+        for k in range(self.count.shape[0]):
+            rows = x if self.count.shape[0] == 1 else x[task == k]
+            if rows.shape[0] == 0:
+                continue
+            total = self.count[k] + rows.shape[0]
+            rate = rows.shape[0] / total
+            mean, var = rows.mean(0), rows.var(0, unbiased=False)
+            delta = mean - self.mean[k]
+            self.mean[k] += rate * delta
+            self.var[k] += rate * (var - self.var[k] + delta * (mean - self.mean[k]))
+            self.count[k] = total
+
+
+class RewardStatistics(nn.Module):
+    """Per-task reward scale, reward of a fall, and how often falls happen."""
+
+    def __init__(self, num_tasks: int) -> None:
+        """Start at scale 1, terminal reward 0, termination rate 0."""
+        super().__init__()
+        self.register_buffer("square", torch.ones(num_tasks))
+        self.register_buffer("terminal", torch.zeros(num_tasks))
+        self.register_buffer("rate", torch.zeros(num_tasks))
+        self.register_buffer("count", torch.zeros(num_tasks))
+        self.register_buffer("falls", torch.zeros(num_tasks))
+
+    def scale(self, task: torch.Tensor) -> torch.Tensor:
+        """Root mean square of the per-step reward of surviving steps, reward units, shape of ``task``."""
+        return self.square[task].sqrt().clamp_min(1e-6)
+
+    def termination_logit(self, task: torch.Tensor) -> torch.Tensor:
+        """Log-odds of the termination base rate, bounded to rates in [0.005, 0.5]; shape of ``task``."""
+        return torch.logit(self.rate[task].clamp(0.005, 0.5))
+
+    @torch.no_grad()
+    def update(self, reward: torch.Tensor, terminated: torch.Tensor, task: torch.Tensor) -> None:
+        """Merge a rollout's rewards (B,), true terminations (B,) and tasks (B,)."""
+        for k in range(self.count.shape[0]):
+            mine = task == k
+            alive = mine & ~terminated
+            fallen = mine & terminated
+            n, n_alive, n_fallen = mine.sum(), alive.sum(), fallen.sum()
+            seen_alive = self.count[k] - self.falls[k]
+            self.square[k] += n_alive / (seen_alive + n_alive).clamp_min(1) * (
+                (reward.square() * alive).sum() / n_alive.clamp_min(1) - self.square[k]
+            )
+            self.rate[k] += n / (self.count[k] + n).clamp_min(1) * (n_fallen / n.clamp_min(1) - self.rate[k])
+            self.terminal[k] += n_fallen / (self.falls[k] + n_fallen).clamp_min(1) * (
+                (reward * fallen).sum() / n_fallen.clamp_min(1) - self.terminal[k]
+            )
+            self.count[k] += n
+            self.falls[k] += n_fallen

@@ -1,0 +1,5 @@
+"""Batched MPPI planning over the latent world model."""
+
+from m3po.planning.mppi import MPPIPlanner, Plan
+
+__all__ = ["MPPIPlanner", "Plan"]

@@ -1,0 +1,238 @@
+"""The training loop: rsl_rl's runner with evaluation, a real best checkpoint, and a report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rsl_rl.env import VecEnv
+from rsl_rl.runners import OnPolicyRunner
+from rsl_rl.utils import check_nan
+from tensordict import TensorDict
+
+from m3po.algorithms import M3PO
+from m3po.runners.checkpoint import FORMAT, check_compatible, check_shapes, read_checkpoint, write_checkpoint
+from m3po.runners.episode_statistics import EpisodeStatistics
+from m3po.runners.reporting import Reporter, console_block
+from m3po.stopwatch import Stopwatch
+
+
+class Evaluator(Protocol):
+    """Evaluates checkpoints beside the training, without touching it."""
+
+    def submit(self, checkpoint_path: str, iteration: int) -> None:
+        """Queue a checkpoint; returns at once."""
+
+    def poll(self) -> list[dict]:
+        """Results that have arrived since the last call."""
+
+    def wait(self) -> list[dict]:
+        """Results of everything queued; blocks."""
+
+    def close(self) -> None:
+        """Release what the evaluator holds."""
+
+
+class M3PORunner(OnPolicyRunner):
+    """Runs M3PO, or rsl_rl's own PPO in the same harness.
+
+    ``log_dir`` receives ``model_<iteration>.pt`` every ``save_interval``, ``model_last.pt``, ``model_best.pt`` (by
+    evaluation), TensorBoard events, ``progress.csv`` and ``evaluations.csv``.
+    """
+
+    def __init__(
+        self,
+        env: VecEnv,
+        train_cfg: dict[str, Any],
+        log_dir: str | None = None,
+        device: str = "cpu",
+        evaluator: Evaluator | None = None,
+    ) -> None:
+        """Build the algorithm for an environment.
+
+        Args:
+            env: Environment.
+            train_cfg: Runner configuration as in rsl_rl; ``task`` names the task in checkpoints,
+                ``eval_interval`` is the number of iterations between evaluations.
+            log_dir: Folder of the run; nothing is written without one.
+            device: Torch device.
+            evaluator: Evaluates checkpoints; without one there is no ``model_best.pt``.
+        """
+        super().__init__(env, train_cfg, log_dir=log_dir, device=device)
+        self.log_dir = log_dir
+        self.evaluator = evaluator
+        self.reporter = Reporter(log_dir)
+        self.best_return = float("-inf")
+        self.env_steps, self.seconds = 0, 0.0
+
+    def learn(self, num_learning_iterations: int, init_at_random_ep_len: bool = False) -> None:
+        """Train for a number of iterations.
+
+        Args:
+            num_learning_iterations: Iterations of rollout and update.
+            init_at_random_ep_len: Start the environments at random points of their episodes.
+        """
+        if init_at_random_ep_len:
+            self.env.episode_length_buf = torch.randint_like(
+                self.env.episode_length_buf, high=int(self.env.max_episode_length)
+            )
+        obs = self.env.get_observations().to(self.device)
+        self.alg.train_mode()
+        statistics = EpisodeStatistics(self.env.num_envs, self.device)
+        watch = getattr(self.alg, "stopwatch", Stopwatch(self.device))
+        first = self.current_learning_iteration
+        total = first + num_learning_iterations
+        try:
+            self._iterate(first, total, obs, statistics, watch)
+            self._finish_evaluations()
+        finally:
+            self.reporter.close()
+
+    def _iterate(
+        self, first: int, total: int, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch
+    ) -> None:
+        """Iterations ``first`` to ``total - 1``."""
+        start_seconds = self.seconds
+        for it in range(first, total):
+            begin = time.perf_counter()
+            with torch.inference_mode():
+                for _ in range(self.cfg["num_steps_per_env"]):
+                    obs = self._step(obs, statistics, watch)
+                collected = time.perf_counter()
+                self.alg.compute_returns(obs)
+            losses = self.alg.update()
+            end = time.perf_counter()
+
+            self.seconds += end - begin
+            self.env_steps += self.env.num_envs * self.cfg["num_steps_per_env"]
+            self.current_learning_iteration = it
+            row = self._row(it, statistics, watch, collected - begin, end - collected)
+            metrics = getattr(self.alg, "metrics", {})
+            self.reporter.report(row, losses, metrics)
+            eta = (self.seconds - start_seconds) / (it + 1 - first) * (total - it - 1)
+            print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
+            self._checkpoint(it, last=it + 1 == total)
+
+    def _step(self, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch) -> TensorDict:
+        """One step of all environments. Returns the next observations."""
+        actions = self.alg.act(obs)
+        with watch.section("physics"):
+            obs, rewards, dones, extras = self.env.step(actions.to(self.env.device))
+        if self.cfg.get("check_for_nan", True):
+            check_nan(obs, rewards, dones)
+        obs, rewards, dones = obs.to(self.device), rewards.to(self.device), dones.to(self.device)
+        self.alg.process_env_step(obs, rewards, dones, extras)
+        statistics.add(rewards, dones, extras)
+        return obs
+
+    def _row(
+        self, it: int, statistics: EpisodeStatistics, watch: Stopwatch, collect: float, update: float
+    ) -> dict[str, float]:
+        """Columns of the report for one iteration."""
+        times = watch.read()
+        steps = self.env.num_envs * self.cfg["num_steps_per_env"]
+        return {
+            "iteration": it,
+            "env_steps": self.env_steps,
+            "seconds": self.seconds,
+            **statistics.read(),
+            "steps_per_second": steps / (collect + update),
+            "time_collect": collect,
+            "time_plan": times.get("plan", 0.0),
+            "time_physics": times.get("physics", 0.0),
+            "time_update": update,
+            "learning_rate": self.alg.learning_rate,
+            "action_std": self.alg.get_policy().output_std.mean().item(),
+        }
+
+    # -- checkpoints and evaluation -----------------------------------------------------------------------------------
+
+    def _checkpoint(self, it: int, last: bool) -> None:
+        """Save and evaluate when it is time to."""
+        if self.log_dir is None:
+            return
+        interval = self.cfg.get("eval_interval", 0)
+        evaluate = self.evaluator is not None and interval > 0 and ((it + 1) % interval == 0 or last)
+        path = os.path.join(self.log_dir, f"model_{it}.pt")
+        if evaluate or last or (it + 1) % self.cfg["save_interval"] == 0:
+            self.save(path)
+            self.save(os.path.join(self.log_dir, "model_last.pt"))
+        if evaluate:
+            self.evaluator.submit(path, it)
+        if self.evaluator is not None:
+            self._record(self.evaluator.poll())
+
+    def _finish_evaluations(self) -> None:
+        if self.evaluator is not None:
+            self._record(self.evaluator.wait())
+
+    def _record(self, results: list[dict]) -> None:
+        """Report finished evaluations and keep the best checkpoint, judged by the deployable prior."""
+        for result in results:
+            self.reporter.report_evaluation(result)
+            text = ", ".join(
+                f"{name} {result[name]['return_mean']:.2f} +- {result[name]['return_std']:.2f}"
+                for name in ("prior", "planner")
+                if result.get(name)
+            )
+            print(f"[m3po] evaluation after iteration {result['iteration'] + 1}: {text}", flush=True)
+            if result["prior"]["return_mean"] > self.best_return:
+                self.best_return = result["prior"]["return_mean"]
+                best = read_checkpoint(result["checkpoint"], map_location="cpu")
+                best["infos"] = {"evaluation": {k: result["prior"][k] for k in ("return_mean", "return_std")}}
+                write_checkpoint(Path(self.log_dir) / "model_best.pt", best)
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says about itself."""
+        obs = self.env.get_observations()
+        return {
+            "format": FORMAT,
+            "task": self.cfg.get("task"),
+            "algorithm": "m3po" if isinstance(self.alg, M3PO) else "ppo",
+            "obs_dims": {group: value.shape[-1] for group, value in obs.items()},
+            "num_actions": self.env.num_actions,
+        }
+
+    def save(self, path: str, infos: dict | None = None) -> None:
+        """Write a checkpoint atomically."""
+        content = self.alg.save()
+        content["iter"] = self.current_learning_iteration
+        content["infos"] = infos
+        content["m3po"] = self.description()
+        content["runner_state"] = {
+            "env_steps": self.env_steps,
+            "seconds": self.seconds,
+            "best_return": self.best_return,
+        }
+        write_checkpoint(path, content)
+
+    def load(
+        self, path: str, load_cfg: dict | None = None, strict: bool = True, map_location: str | None = None
+    ) -> dict | None:
+        """Restore a checkpoint of the same task, spaces and algorithm; training continues with the next iteration.
+
+        Raises:
+            CheckpointError: If the file is unreadable or does not fit; nothing is loaded then.
+        """
+        content = read_checkpoint(path, map_location or self.device)
+        here = self.description()
+        check_compatible(content, **{k: here[k] for k in ("task", "algorithm", "obs_dims", "num_actions")})
+        check_shapes(content, self.alg.save())
+        if self.alg.load(content, load_cfg, strict):
+            self.current_learning_iteration = content["iter"] + 1
+            for name, value in content["runner_state"].items():
+                setattr(self, name, value)
+        return content["infos"]
+
+    def inference_policy(self, kind: str = "prior") -> Callable[[TensorDict], torch.Tensor]:
+        """A noise-free policy, ``prior`` or ``planner``; PPO has only the former."""
+        if isinstance(self.alg, M3PO):
+            return self.alg.inference_policy(kind)
+        if kind != "prior":
+            raise ValueError("PPO has no planner; use the prior.")
+        self.alg.eval_mode()
+        return self.alg.get_policy()

@@ -1,0 +1,107 @@
+"""The world model's memory: a ring of recent rollouts, sampled as sub-sequences that never cross a reset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+
+from m3po.storage.rollout import RolloutStorage
+
+
+@dataclass
+class Sequences:
+    """B sub-sequences of H transitions. Steps after a reset are masked out and never contribute."""
+
+    obs: TensorDict
+    """Observations before each transition, batch size (B, H)."""
+
+    next_obs: TensorDict
+    """Observations after each transition and before any reset, batch size (B, H)."""
+
+    actions: torch.Tensor
+    """Executed actions, (B, H, A)."""
+
+    rewards: torch.Tensor
+    """Rewards, (B, H)."""
+
+    returns: torch.Tensor
+    """Lambda-returns of the rollout that each transition came from, (B, H)."""
+
+    terminated: torch.Tensor
+    """True terminations, (B, H), boolean."""
+
+    mask: torch.Tensor
+    """Steps that belong to the same episode as the first, (B, H), boolean."""
+
+    next_mask: torch.Tensor
+    """Those of them whose successor observation is known, (B, H), boolean."""
+
+    task: torch.Tensor
+    """Task ids, (B, H)."""
+
+
+class RolloutRing:
+    """The newest rollouts of N environments, in order of time, on the device."""
+
+    def __init__(self, rollout: RolloutStorage, num_rollouts: int) -> None:
+        """Allocate room for a number of rollouts shaped like the given one."""
+        self.num_steps, self.num_envs, self.device = rollout.num_steps, rollout.num_envs, rollout.device
+        self.capacity = num_rollouts * rollout.num_steps
+        self.size = 0
+        """Steps stored so far, at most :attr:`capacity`."""
+        self.head = 0
+        """Slot that the next rollout is written to."""
+        self._fields = {}
+        names = ("obs", "next_obs", "next_obs_valid", "actions", "rewards", "returns", "terminated", "dones", "task")
+        for name in names:
+            source = getattr(rollout, name)
+            if isinstance(source, TensorDict):
+                buffers = {k: self._allocate(v) for k, v in source.items()}
+                self._fields[name] = TensorDict(buffers, batch_size=(self.capacity, self.num_envs), device=self.device)
+            else:
+                self._fields[name] = self._allocate(source)
+
+    def _allocate(self, source: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(self.capacity, *source.shape[1:], dtype=source.dtype, device=self.device)
+
+    def add(self, rollout: RolloutStorage) -> None:
+        """Copy a finished rollout over the oldest one."""
+        window = slice(self.head, self.head + self.num_steps)
+        for name, buffer in self._fields.items():
+            buffer[window].copy_(getattr(rollout, name))
+        self.head = (self.head + self.num_steps) % self.capacity
+        self.size = min(self.size + self.num_steps, self.capacity)
+
+    def sample(self, batch_size: int, horizon: int) -> Sequences:
+        """Draw sub-sequences uniformly over all starts whose ``horizon`` transitions are stored.
+
+        Args:
+            batch_size: Sub-sequences B.
+            horizon: Transitions H, at most the steps stored.
+
+        Returns:
+            The sub-sequences.
+        """
+        oldest = self.head if self.size == self.capacity else 0
+        start = torch.randint(self.size - horizon + 1, (batch_size, 1), device=self.device)
+        env = torch.randint(self.num_envs, (batch_size, 1), device=self.device)
+        slot = (oldest + start + torch.arange(horizon, device=self.device)) % self.capacity
+        return self._gather(slot, env)
+
+    def newest(self, horizon: int) -> Sequences:
+        """Sub-sequences that start at the first step of the newest rollout, one per environment."""
+        first = (self.head - self.num_steps) % self.capacity
+        env = torch.arange(self.num_envs, device=self.device).unsqueeze(1)
+        slot = (first + torch.arange(horizon, device=self.device)) % self.capacity
+        return self._gather(slot.expand(self.num_envs, -1), env)
+
+    def _gather(self, slot: torch.Tensor, env: torch.Tensor) -> Sequences:
+        """Collect transitions at slots (B, H) of environments (B, 1)."""
+        flat = slot * self.num_envs + env
+        picked = {name: buffer.flatten(0, 1)[flat] for name, buffer in self._fields.items()}
+        dones, valid = picked.pop("dones"), picked.pop("next_obs_valid")
+        ended = torch.cumsum(dones, dim=1) - dones.long()
+        mask = ended == 0
+        return Sequences(mask=mask, next_mask=mask & valid, **picked)

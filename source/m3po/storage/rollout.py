@@ -1,0 +1,110 @@
+"""One on-policy rollout, preallocated on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from tensordict import TensorDict
+
+
+class RolloutStorage:
+    """T steps of N environments with true terminations, time-outs, final observations and behaviour densities.
+
+    ``next_obs[t]`` is the observation that step ``t`` led to before any reset, for the observation groups that need it;
+    ``next_obs_valid[t]`` is False where an episode ended and the environment did not deliver it.
+    """
+
+    def __init__(
+        self,
+        obs: TensorDict,
+        next_obs_groups: list[str],
+        num_steps: int,
+        num_actions: int,
+        device: str,
+    ) -> None:
+        """Allocate the buffers.
+
+        Args:
+            obs: Example observations, batch size (N,).
+            next_obs_groups: Observation groups whose successor is stored too.
+            num_steps: Steps T.
+            num_actions: Action dimensions A.
+            device: Torch device.
+        """
+        self.num_steps, self.num_envs, self.device = num_steps, obs.batch_size[0], device
+        shape = (num_steps, self.num_envs)
+
+        def allocate(groups: TensorDict) -> TensorDict:
+            buffers = {k: torch.zeros(num_steps, *v.shape, dtype=v.dtype, device=device) for k, v in groups.items()}
+            return TensorDict(buffers, batch_size=shape, device=device)
+
+        self.obs = allocate(obs)
+        self.next_obs = allocate(obs.select(*next_obs_groups))
+        self.next_obs_valid = torch.ones(shape, dtype=torch.bool, device=device)
+        self.task = torch.zeros(shape, dtype=torch.long, device=device)
+        for name in ("actions", "mean", "std", "plan_mean"):
+            setattr(self, name, torch.zeros(*shape, num_actions, device=device))
+        scalars = ("rewards", "values", "next_values", "log_pi", "log_beta", "plan_gain", "returns", "advantages")
+        for name in scalars:
+            setattr(self, name, torch.zeros(shape, device=device))
+        for name in ("terminated", "dones", "planned"):
+            setattr(self, name, torch.zeros(shape, dtype=torch.bool, device=device))
+        self.step = 0
+
+    def add_action(self, obs: TensorDict, task: torch.Tensor, **fields: torch.Tensor) -> None:
+        """Record what was seen and done at the current step.
+
+        Args:
+            obs: Observations, batch size (N,).
+            task: Task ids, (N,).
+            **fields: ``actions, mean, std, plan_mean`` (N, A) and ``values, log_pi, log_beta, plan_gain, planned`` (N,).
+
+        Raises:
+            OverflowError: If the rollout is already full.
+        """
+        if self.step >= self.num_steps:
+            raise OverflowError("The rollout is full; call clear() before adding another step.")
+        self.obs[self.step].copy_(obs)
+        self.task[self.step].copy_(task)
+        for name, value in fields.items():
+            getattr(self, name)[self.step].copy_(value)
+
+    def add_outcome(
+        self,
+        next_obs: TensorDict,
+        next_obs_valid: torch.Tensor,
+        rewards: torch.Tensor,
+        terminated: torch.Tensor,
+        dones: torch.Tensor,
+    ) -> None:
+        """Record what the environment answered, and move on to the next step.
+
+        Args:
+            next_obs: Observations before any reset, batch size (N,), at least the stored groups.
+            next_obs_valid: Whether each row of ``next_obs`` is the true successor, (N,), boolean.
+            rewards: Rewards, (N,).
+            terminated: True terminations, (N,), boolean.
+            dones: Any end of an episode, (N,), boolean.
+        """
+        self.next_obs[self.step].copy_(next_obs.select(*self.next_obs.keys()))
+        self.next_obs_valid[self.step].copy_(next_obs_valid)
+        self.rewards[self.step].copy_(rewards)
+        self.terminated[self.step].copy_(terminated)
+        self.dones[self.step].copy_(dones)
+        self.step += 1
+
+    def clear(self) -> None:
+        """Start the next rollout."""
+        self.step = 0
+
+    def mini_batches(self, num_mini_batches: int, num_epochs: int) -> Iterator[dict[str, torch.Tensor | TensorDict]]:
+        """Yield shuffled flat mini-batches; one permutation serves all epochs, as in rsl_rl."""
+        size = self.num_steps * self.num_envs // num_mini_batches
+        order = torch.randperm(num_mini_batches * size, device=self.device)
+        names = ("obs", "actions", "mean", "std", "plan_mean", "values", "log_pi", "log_beta", "returns", "advantages")
+        flat = {name: getattr(self, name).flatten(0, 1) for name in (*names, "planned", "plan_gain")}
+        for _ in range(num_epochs):
+            for i in range(num_mini_batches):
+                index = order[i * size : (i + 1) * size]
+                yield {name: values[index] for name, values in flat.items()}
