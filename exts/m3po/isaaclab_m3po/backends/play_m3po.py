@@ -1,0 +1,251 @@
+"""Playing: ``scripts/play.py`` and ``isaaclab play --rl_library m3po``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3po.errors import CheckpointError, UserError
+
+from .. import launch, video
+
+DEFAULT_NUM_ENVS = 32
+"""Environments, unless the command line says otherwise."""
+
+
+class Outputs(NamedTuple):
+    """Where the results go; ``None`` for what was not asked for."""
+
+    result: Path
+    """JSON file of the evaluation."""
+
+    export: Path | None
+    """Folder of the exported policy."""
+
+    video: Path | None
+    """mp4 file."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Play as the command line says.
+
+    Args:
+        argv: Arguments without the program's name.
+
+    Returns:
+        Exit code: 0, 2 for a user's mistake, 130 when interrupted.
+    """
+    return launch.guarded(_main, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Options of playing; those shared with training come from :mod:`isaaclab_m3po.launch`."""
+    parser = argparse.ArgumentParser(description="Evaluate, export, record or show a trained policy.")
+    launch.add_common_arguments(parser)
+    parser.add_argument(
+        "--checkpoint",
+        metavar="latest|best|PATH",
+        help="Of the newest run of the task: its best checkpoint where it has one, else its latest (default).",
+    )
+    parser.add_argument("--policy", choices=("prior", "planner"), default="prior", help="Policy that acts.")
+    parser.add_argument(
+        "--num_episodes",
+        type=launch.at_least(1),
+        help="Episodes, spread evenly over the environments (default: one each; with --viz, until Ctrl-C).",
+    )
+    parser.add_argument("--train_env_cfg", action="store_true", help="Keep what the task switches off for playing.")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file of the result.")
+    parser.add_argument("--export", nargs="?", const="", metavar="DIR", help="Write the prior as TorchScript and ONNX.")
+    parser.add_argument("--video", nargs="?", const="", metavar="PATH", help="Record an mp4.")
+    parser.add_argument("--video_length", type=launch.at_least(1), default=300, help="Frames of the video.")
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    """Check everything, then simulate."""
+    request = launch.parse(_parser(), argv)
+    num_envs, request.args.num_envs = request.args.num_envs, None  # the training's sizes are checked, not this one
+    job = launch.prepare(request, play=not request.args.train_env_cfg)
+    args = job.args
+    if num_envs is None and not any(token.startswith("env.scene.num_envs=") for token in job.overrides):
+        num_envs = DEFAULT_NUM_ENVS
+    if num_envs is not None:
+        job.env_cfg.scene.num_envs = num_envs
+    if args.policy == "planner" and job.algo != "m3po":
+        raise UserError(f"algorithm '{job.algo}' has no planner; use --policy prior.")
+    checkpoint = launch.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else _newest(job)
+    train_cfg = _train_cfg(job, checkpoint)
+    outputs = _outputs(args, checkpoint)
+    if args.export is not None:
+        _require("--export", "export", "onnx", "onnxruntime")
+    if args.video is not None:
+        _require("--video", "video", "imageio_ffmpeg")
+        video.require_rendering()
+        video.add_camera(job.env_cfg)
+    print(f"[m3po] task: {job.task}, algorithm: {job.algo}, policy: {args.policy}, seed: {job.agent_cfg.seed}")
+    print(f"[m3po] device: {job.device}, environments: {job.env_cfg.scene.num_envs}")
+    print(f"[m3po] assets: {job.assets}")
+    print(f"[m3po] checkpoint: {checkpoint}")
+    return _play(job, checkpoint, train_cfg, outputs)
+
+
+def _require(option: str, extra: str, *modules: str) -> None:
+    """Check that the packages of an optional dependency are installed, before the simulation starts."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"{option} needs {' and '.join(missing)}, which the extra m3po[{extra}] installs.")
+
+
+def _newest(job: launch.Job) -> Path:
+    """Best checkpoint of the newest run, or its latest where nothing was evaluated."""
+    latest = launch.resolve_checkpoint(job, "latest")
+    best = latest.with_name(launch.SELECTORS["best"])
+    return launch.resolve_checkpoint(job, str(best)) if best.is_file() else latest
+
+
+def _train_cfg(job: launch.Job, checkpoint: Path) -> dict[str, Any]:
+    """Runner configuration whose networks are those of the checkpoint.
+
+    The run that wrote the checkpoint may have used other overrides, or another device's preset. Its manifest knows; the
+    command line's own ``agent.`` overrides come on top.
+    """
+    from ..evaluation_worker import acting_cfg
+    from ..overrides import assign, parse_value
+
+    manifest = checkpoint.parent / "run.json"
+    if not manifest.is_file():
+        print(f"[m3po] there is no {manifest.name} beside the checkpoint: its agent is assumed to be {job.agent_entry}")
+        return acting_cfg(job.train_cfg())
+    try:
+        agent = json.loads(manifest.read_text(encoding="utf-8"))["configuration"]["agent"]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"'{manifest}' is not the manifest of a run ({error}).") from error
+    for token in job.overrides:
+        key, text = token.split("=", 1)
+        if key.startswith("agent."):
+            assign(agent, key.removeprefix("agent."), parse_value(text), "agent")
+    job.agent_cfg.clip_actions = agent["clip_actions"]
+    return acting_cfg(agent | {"task": job.task, "device": job.device, "seed": job.agent_cfg.seed})
+
+
+def _outputs(args: argparse.Namespace, checkpoint: Path) -> Outputs:
+    """Choose where everything goes, beside the checkpoint by default, and check that it can be written."""
+    stem = f"play_{checkpoint.stem}_{args.policy}"
+    outputs = Outputs(
+        result=args.output or checkpoint.with_name(f"{stem}.json"),
+        export=None if args.export is None else Path(args.export or checkpoint.with_name("exported")),
+        video=None if args.video is None else Path(args.video or checkpoint.with_name(f"{stem}.mp4")),
+    )
+    folders = [outputs.result.parent, outputs.export, outputs.video and outputs.video.parent]
+    for folder in filter(None, folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the folder '{folder}': {error.strerror}.") from error
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write to the folder '{folder}'.")
+    return outputs
+
+
+def _play(job: launch.Job, checkpoint: Path, train_cfg: dict[str, Any], outputs: Outputs) -> int:
+    """Simulate, and do what was asked for with the policy."""
+    from m3po.runners import M3PORunner
+
+    with launch.environment(job) as env:
+        runner = M3PORunner(env, train_cfg, log_dir=None, device=job.device)
+        try:
+            runner.load(str(checkpoint), load_cfg={"actor": True})
+        except RuntimeError as error:  # torch's complaint about the shapes of parameters
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"The checkpoint '{checkpoint}' does not fit these networks: {reason}") from error
+        if outputs.export is not None:
+            _export(runner, outputs.export)
+        frames = contextlib.nullcontext()
+        if outputs.video is not None:
+            frames = video.VideoWriter(env, outputs.video, job.args.video_length)
+        with frames as recorder:
+            _evaluate(job, runner, checkpoint, recorder, outputs.result)
+        if recorder is not None:
+            print(f"[m3po] video: {recorder.path} ({recorder.count} frames)")
+    return 0
+
+
+def _evaluate(job: launch.Job, runner: Any, checkpoint: Path, recorder: video.VideoWriter | None, output: Path) -> None:
+    """Run the episodes, print and write the result; with a viewer and no number of episodes, until interrupted."""
+    from m3po.evaluation import evaluate
+
+    args, env = job.args, runner.env
+    policy = runner.inference_policy(args.policy)
+    hooks = [recorder.capture] if recorder is not None else []
+    if args.visualizer:
+        hooks.append(_pace(env.unwrapped.step_dt))
+    while True:
+        result = evaluate(env, policy, args.num_episodes or env.num_envs, lambda: [hook() for hook in hooks])
+        _print(result, args.policy)
+        _write(output, job, checkpoint, result)
+        if args.num_episodes or not args.visualizer:
+            return
+
+
+def _export(runner: Any, folder: Path) -> None:
+    """Export the prior and say how well the files agree with torch."""
+    from ..export import export_policy
+
+    for name, difference in export_policy(runner, folder).items():
+        print(f"[m3po] exported {folder / name}: largest difference from torch {difference:.1e}")
+
+
+def _pace(seconds: float) -> Callable[[], None]:
+    """Make a hook that holds the simulation back to real time for people who watch.
+
+    Args:
+        seconds: Simulated time of a step.
+    """
+    due = time.monotonic()
+
+    def wait() -> None:
+        nonlocal due
+        due = max(due + seconds, time.monotonic())
+        time.sleep(due - time.monotonic() if due > time.monotonic() else 0.0)
+
+    return wait
+
+
+def _print(result: dict[str, Any], policy: str) -> None:
+    """Print the statistics of an evaluation."""
+    success = "not reported" if result["success_rate"] is None else f"{result['success_rate']:.1%}"
+    print(f"[m3po] {policy}, {result['num_episodes']} episodes (mean +- standard deviation)")
+    print(f"  return       {result['return_mean']:.3f} +- {result['return_std']:.3f}")
+    print(f"  length       {result['length_mean']:.1f} +- {result['length_std']:.1f} steps")
+    print(f"  terminations {result['termination_rate']:.1%}")
+    print(f"  success      {success}")
+    print(f"  speed        {result['steps_per_second']:,.0f} environment steps/s", flush=True)
+
+
+def _write(path: Path, job: launch.Job, checkpoint: Path, result: dict[str, Any]) -> None:
+    """Write the result with what it takes to repeat it."""
+    from ..manifest import jsonable, package_versions
+
+    content = {
+        "task": job.task,
+        "algorithm": job.algo,
+        "policy": job.args.policy,
+        "checkpoint": str(checkpoint),
+        "seed": job.agent_cfg.seed,
+        "device": job.device,
+        "num_envs": job.env_cfg.scene.num_envs,
+        "overrides": job.overrides,
+        "train_env_cfg": job.args.train_env_cfg,
+        "assets": job.assets.mode,
+        "versions": package_versions(),
+        **result,
+    }
+    path.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"[m3po] result: {path}", flush=True)

@@ -1,0 +1,86 @@
+"""Checks of what a user asked for: device, agent, sizes. Each failure is a :class:`m3po.errors.UserError`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from typing import Any
+
+from m3po.errors import UserError
+
+ALGORITHMS = {"m3po": "m3po_cfg_entry_point", "ppo": "rsl_rl_cfg_entry_point"}
+"""Algorithm -> its default agent entry point."""
+
+
+def check_device(requested: str | None) -> str:
+    """Choose the device, CUDA where available, and refuse one that is not there.
+
+    Args:
+        requested: ``cpu``, ``cuda``, ``cuda:N`` or ``None`` for the default.
+
+    Returns:
+        ``cpu`` or ``cuda:N``.
+    """
+    import torch
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if requested is None:
+        return "cuda:0" if available else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", requested)
+    if match is None:
+        raise UserError(f"unknown device '{requested}': use cpu, cuda or cuda:N.")
+    if requested == "cpu":
+        return "cpu"
+    index = int(match[1] or 0)
+    if index >= available:
+        raise UserError(
+            f"device '{requested}' is not available: torch sees {available} CUDA devices. Use --device cpu."
+        )
+    return f"cuda:{index}"
+
+
+def choose_agent(task: str, algo: str, requested: str | None) -> str:
+    """Entry point of the agent's configuration; a name that the task does not have is the user's mistake."""
+    import gymnasium as gym
+
+    entry = requested or ALGORITHMS[algo]
+    kwargs = gym.registry[task].kwargs
+    existing = sorted(key for key in kwargs if key.endswith("cfg_entry_point") and key != "env_cfg_entry_point")
+    if entry not in existing:
+        raise UserError(f"task '{task}' has no agent '{entry}'. It has: {', '.join(existing) or 'none'}.")
+    return entry
+
+
+def check_agent(agent_cfg: Any, algo: str, entry: str) -> Any:
+    """Refuse an agent of another library or algorithm; bring an old rsl_rl configuration up to date."""
+    from isaaclab_rl.rsl_rl import RslRlOnPolicyRunnerCfg, handle_deprecated_rsl_rl_cfg
+
+    from . import agents
+
+    if not isinstance(agent_cfg, RslRlOnPolicyRunnerCfg):
+        raise UserError(f"agent '{entry}' is not a configuration of rsl_rl's on-policy runner.")
+    is_m3po = str(agent_cfg.algorithm.class_name) == agents.ALGORITHM
+    if is_m3po != (algo == "m3po"):
+        raise UserError(
+            f"agent '{entry}' is not one of algorithm '{algo}' (its class: {agent_cfg.algorithm.class_name})."
+        )
+    return handle_deprecated_rsl_rl_cfg(agent_cfg, importlib.metadata.version("rsl-rl-lib"))
+
+
+def check_sizes(agent_cfg: Any, algo: str, num_envs: int) -> None:
+    """Check the rollout and mini-batch sizes of both algorithms, and all fields of M3PO's configuration."""
+    from m3po.config import AlgorithmCfg, WorldModelCfg, validate
+
+    from . import agents
+
+    if algo == "m3po":
+        cfg = agents.algorithm_cfg(agent_cfg)
+    else:
+        ppo, no_model = agent_cfg.algorithm, WorldModelCfg(horizon=1)
+        cfg = AlgorithmCfg(ppo.num_learning_epochs, ppo.num_mini_batches, world_model=no_model)
+    try:
+        validate(cfg, num_envs, agent_cfg.num_steps_per_env)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if agent_cfg.max_iterations < 1 or agent_cfg.save_interval < 1:
+        raise UserError("max_iterations and save_interval must be at least 1.")
