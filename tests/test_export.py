@@ -1,0 +1,52 @@
+"""Exported policies agree with torch, and a file that does not is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from toy_env import PointEnv, runner_cfg
+
+from isaaclab_m3po import export
+from m3po.errors import M3POError
+from m3po.runners import M3PORunner
+
+
+@pytest.fixture
+def runner() -> M3PORunner:
+    """A runner whose policy has a normaliser that is not the identity."""
+    cfg = runner_cfg()
+    cfg["actor"]["obs_normalization"] = True
+    runner = M3PORunner(PointEnv(), cfg, log_dir=None, device="cpu")
+    obs = runner.env.get_observations()
+    obs["policy"] = 2.0 + 5.0 * obs["policy"]
+    runner.alg.actor.update_normalization(obs)
+    runner.alg.eval_mode()
+    return runner
+
+
+def test_both_files_agree_with_torch(runner: M3PORunner, tmp_path: Path) -> None:
+    differences = export.export_policy(runner, tmp_path / "new" / "folder")
+    assert set(differences) == {"policy.pt", "policy.onnx"}
+    assert max(differences.values()) < 1e-5
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["policy.onnx", "policy.pt"]
+
+    # the files alone, by hand, on a real observation
+    obs = runner.env.get_observations()
+    expected = runner.alg.actor(obs)[:1].detach()
+    torch.testing.assert_close(torch.jit.load(tmp_path / "new" / "folder" / "policy.pt")(obs["policy"])[:1], expected)
+    session = onnxruntime.InferenceSession(tmp_path / "new" / "folder" / "policy.onnx")
+    onnx = session.run(None, {"obs": obs["policy"][:1].numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(onnx), expected, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
+def test_a_file_that_differs_is_an_error(
+    runner: M3PORunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    honest = export._run_onnx
+    monkeypatch.setattr(export, "_run_onnx", lambda file, vector: honest(file, vector) + error)
+    with pytest.raises(M3POError, match=r"policy\.onnx' differs from torch"):
+        export.export_policy(runner, tmp_path)

@@ -1,0 +1,241 @@
+"""The algorithm as a whole on a fast environment: behaviour density, stock runner, checkpoints, determinism, learning."""
+
+import copy
+import csv
+
+import pytest
+import torch
+from rsl_rl.runners import OnPolicyRunner
+from toy_env import PointEnv, runner_cfg
+
+from m3po.algorithms import M3PO
+from m3po.config import AlgorithmCfg, from_dict, validate
+from m3po.errors import CheckpointError, UserError
+from m3po.runners import M3PORunner
+from m3po.runners.checkpoint import read_checkpoint
+
+OPEN = {"min_skill": None, "min_reward_ev": None}
+
+
+def build(num_envs=16, **algorithm):
+    torch.manual_seed(0)
+    env = PointEnv(num_envs)
+    return env, M3PO.construct_algorithm(env.get_observations(), env, runner_cfg(**algorithm), "cpu")
+
+
+def train(cfg, iterations=3, log_dir=None, runner=M3PORunner, num_envs=16):
+    torch.manual_seed(0)
+    run = runner(PointEnv(num_envs), copy.deepcopy(cfg), log_dir=log_dir, device="cpu")
+    run.learn(iterations, init_at_random_ep_len=True)
+    return run
+
+
+def weights(run):
+    return torch.cat([p.detach().flatten() for p in [*run.alg.actor.parameters(), *run.alg.model.parameters()]])
+
+
+@pytest.mark.parametrize("execution", ["projected", "mppi"])
+def test_behaviour_density_against_monte_carlo(execution):
+    """``E_beta[q / beta] = 1`` for any density q: the stored ``log beta`` must be that of the executed actions."""
+    env, algorithm = build(40_000, planner={"share": 1.0, "execution": execution, "max_kl": 0.5, **OPEN})
+    algorithm.model.reward_head.weight.data.normal_(std=0.5)
+    obs = env.get_observations()
+    obs["policy"][:] = 0.1
+    decision = algorithm.behaviour.improve(obs, algorithm.behaviour.prior(obs))
+    assert decision.planned.all()
+    assert (decision.log_beta - decision.log_pi).abs().mean() > 0.01
+    q = torch.distributions.Normal(decision.mean, 0.5 * decision.std).log_prob(decision.actions).sum(-1)
+    estimate = torch.exp(q - decision.log_beta)
+    assert abs(estimate.mean() - 1.0) < 5 * estimate.std() / 200.0 + 0.01
+    # A wrong density must fail this test: the prior's own is not that of the executed actions.
+    if execution == "projected":
+        kl = 0.5 * ((decision.plan_mean - decision.mean) / decision.std).square().sum(-1)
+        assert kl.max() <= 0.5 + 1e-5
+        monte_carlo = (decision.log_beta - decision.log_pi).mean()
+        torch.testing.assert_close(monte_carlo, kl.mean(), atol=0.02, rtol=0.0)
+
+
+def test_the_planned_share_rotates():
+    _, algorithm = build(planner={"share": 0.25, **OPEN})
+    seen = []
+    for _ in range(4):
+        obs = algorithm.storage.obs[0].clone()
+        seen.append(algorithm.behaviour.improve(obs, algorithm.behaviour.prior(obs)).planned)
+        algorithm.behaviour.rotate()
+    assert (torch.stack(seen).sum(0) == 1).all()
+
+
+def test_the_gate_keeps_a_bad_model_from_planning():
+    _, algorithm = build()
+    assert not algorithm.behaviour.planner_on
+    for skill, ev, on in ((0.5, 0.5, True), (0.1, 0.5, False), (0.5, 0.1, False)):
+        algorithm.behaviour.gate(skill, ev)
+        assert algorithm.behaviour.planner_on == on
+
+
+def test_stock_runner_contract(tmp_path):
+    run = train(runner_cfg(planner=OPEN), log_dir=str(tmp_path), runner=OnPolicyRunner)
+    policy = run.get_inference_policy("cpu")
+    obs = run.env.get_observations()
+    assert policy(obs).shape == (16, 2)
+    policy.reset(torch.zeros(16))
+    run.export_policy_to_jit(str(tmp_path))
+    run.export_policy_to_onnx(str(tmp_path))
+    exported = torch.jit.load(tmp_path / "policy.pt")
+    torch.testing.assert_close(exported(obs["policy"]), policy(obs))
+    again = OnPolicyRunner(PointEnv(16), runner_cfg(), device="cpu")
+    again.load(str(tmp_path / "model_2.pt"))
+    assert torch.equal(weights(again), weights(run))
+
+
+def test_same_seed_same_result_bit_for_bit():
+    cfg = runner_cfg(planner=OPEN, bonus={"alpha": 0.3})
+    first, second = train(cfg), train(cfg)
+    assert torch.equal(weights(first), weights(second))
+    other = train(cfg | {"seed": 7})
+    assert not torch.equal(weights(first), weights(other))
+
+
+def test_reports_and_checkpoints(tmp_path, capsys):
+    run = train(runner_cfg(planner=OPEN, bonus={"alpha": 0.3}) | {"task": "Point"}, 4, str(tmp_path))
+    with open(tmp_path / "progress.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["iteration"]) for r in rows] == [0, 1, 2, 3]
+    assert int(rows[-1]["env_steps"]) == 4 * 16 * 8
+    wanted = (
+        "mean_return", "mean_length", "time_plan", "time_physics", "time_update", "loss/surrogate", "loss/model_reward",
+        "planner/kl", "planner/share", "policy/effective_sample_size", "policy/clipped_share", "policy/value_ev",
+        "bonus/mean_abs", "model/skill_1", "model/error_H", "model/reward_ev", "model/value_ev",
+    )
+    for name in wanted:
+        assert rows[-1][name] != "", name
+    assert float(rows[0]["bonus/mean_abs"]) > 0.0
+    assert "ETA" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.glob("*.pt")} == {"model_1.pt", "model_3.pt", "model_last.pt"}
+    assert list(tmp_path.glob("events.out.*"))
+
+    again = M3PORunner(PointEnv(16), runner_cfg() | {"task": "Point"}, device="cpu")
+    again.load(str(tmp_path / "model_last.pt"))
+    assert torch.equal(weights(again), weights(run))
+    assert again.current_learning_iteration == 4
+    assert again.alg.learning_rate == run.alg.learning_rate
+    assert again.env_steps == run.env_steps
+
+
+def test_best_checkpoint_is_the_best_evaluated(tmp_path):
+    class Scripted:
+        """Returns 3, 9, 5 for the three evaluations, each one poll late."""
+
+        scores, done = [3.0, 9.0, 5.0], []
+
+        def submit(self, checkpoint_path, iteration):
+            score = {"return_mean": self.scores.pop(0), "return_std": 0.0, "length_mean": 1.0, "num_episodes": 1}
+            self.done.append({"iteration": iteration, "checkpoint": checkpoint_path, "prior": score, "planner": None})
+
+        def poll(self):
+            return []
+
+        def wait(self):
+            results, Scripted.done = self.done, []
+            return results
+
+        def close(self):
+            pass
+
+    cfg = runner_cfg() | {"eval_interval": 1}
+    run = M3PORunner(PointEnv(16), cfg, log_dir=str(tmp_path), device="cpu", evaluator=Scripted())
+    run.learn(3)
+    assert read_checkpoint(tmp_path / "model_best.pt")["iter"] == 1
+    with open(tmp_path / "evaluations.csv", encoding="utf-8") as file:
+        assert [r["return_mean"] for r in csv.DictReader(file)] == ["3.0", "9.0", "5.0"]
+
+
+def test_bad_checkpoints_are_refused_and_nothing_is_loaded(tmp_path):
+    run = train(runner_cfg() | {"task": "Point"}, 1, str(tmp_path))
+    path = tmp_path / "model_last.pt"
+    other = M3PORunner(PointEnv(16, dim=3), runner_cfg() | {"task": "Cube"}, device="cpu")
+    before = weights(other)
+    with pytest.raises(CheckpointError, match=r"task: Point .* Cube.*observation sizes: .*number of actions: 2"):
+        other.load(str(path))
+    assert torch.equal(weights(other), before)
+
+    content = path.read_bytes()
+    (tmp_path / "short.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "noise.pt").write_bytes(b"\x00" * 1000)
+    for name in ("short.pt", "noise.pt", "none.pt"):
+        with pytest.raises(CheckpointError, match=name):
+            run.load(str(tmp_path / name))
+    torch.save({"actor_state_dict": OnPolicyRunner}, tmp_path / "code.pt")
+    with pytest.raises(CheckpointError, match="other than tensors"):
+        run.load(str(tmp_path / "code.pt"))
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        run.load(str(tmp_path / "list.pt"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_mini_batches": 1000}, "128 samples"),
+        ({"planner": {"num_elites": 99, "num_samples": 8}}, "num_elites"),
+        ({"planner": {"share": 1.5}}, "share"),
+        ({"ratio": "nonsense"}, "decoupled, prior"),
+        ({"world_model": {"size": "7M"}}, "micro, tiny"),
+        ({"world_model": {"horizon": 9}}, "exceeds the 8 steps"),
+    ],
+)
+def test_bad_configurations_are_refused_with_what_is_allowed(values, message):
+    with pytest.raises(ValueError, match=message):
+        validate(from_dict(AlgorithmCfg, values), 16, 8)
+    env = PointEnv(16)
+    with pytest.raises(UserError, match=message):
+        M3PO.construct_algorithm(env.get_observations(), env, runner_cfg(**values), "cpu")
+
+
+def test_unknown_fields_are_listed():
+    with pytest.raises(ValueError, match="no field horizn. It has: horizon"):
+        from_dict(AlgorithmCfg, {"planner": {"horizn": 5}})
+
+
+@pytest.mark.parametrize("mode", ["default", "paper"])
+def test_learns_to_stay_at_the_origin(mode):
+    """Both modes beat the starting policy clearly in a few seconds."""
+    paper = {"ratio": "prior", "advantage": "vtrace", "distill_coef": 0.0, "bonus": {"alpha": 1.0, "centering": "mean"}}
+    paper |= {"world_model": {"dynamics": "plain", "ring_transitions": 0, "value_target": "returns", "horizon": 3}}
+    paper |= {"planner": {"execution": "mppi", "share": 1.0, **OPEN}}
+    cfg = runner_cfg(**(paper if mode == "paper" else {"planner": {"share": 0.5}}))
+    cfg |= {"max_iterations": 40, "num_steps_per_env": 10}
+    torch.manual_seed(0)
+    run = M3PORunner(PointEnv(128), cfg, device="cpu")
+
+    def score():
+        env, policy, total = PointEnv(64, seed=99), run.inference_policy("prior"), 0.0
+        with torch.inference_mode():
+            for _ in range(20):
+                _, reward, _, _ = env.step(policy(env.get_observations()))
+                total += reward.mean().item()
+        return total
+
+    before = score()
+    run.learn(40)
+    after = score()
+    assert after > 0.5 * before, (before, after)  # returns are negative: at most half of the initial cost
+
+
+def test_two_tasks_have_rows_and_scales_of_their_own():
+    env = PointEnv(16)
+    env.num_tasks, env.task_ids = 2, torch.arange(16) % 2
+    algorithm = M3PO.construct_algorithm(env.get_observations(), env, runner_cfg(planner=OPEN), "cpu")
+    obs = env.get_observations()
+    for _ in range(8):
+        obs, reward, dones, extras = env.step(algorithm.act(obs))
+        reward = torch.where(env.task_ids == 1, 100.0 * reward, reward)
+        algorithm.process_env_step(obs, reward, dones, extras)
+    algorithm.compute_returns(obs)
+    advantages = algorithm.storage.advantages
+    for k in range(2):
+        torch.testing.assert_close(advantages[:, env.task_ids == k].std(), torch.tensor(1.0), atol=1e-3, rtol=0.0)
+    algorithm.update()
+    scale = algorithm.model.rewards.scale(torch.arange(2))
+    assert scale[1] > 20 * scale[0]
+    assert algorithm.model.task_embedding.shape[0] == 2

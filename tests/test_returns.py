@@ -1,0 +1,126 @@
+"""GAE, V-trace and the bootstrap of time-outs against numbers worked out by hand."""
+
+import torch
+from tensordict import TensorDict
+from toy_env import PointEnv, runner_cfg
+
+from m3po.algorithms import M3PO
+from m3po.algorithms.returns import gae, vtrace
+
+
+def column(*values):
+    return torch.tensor(values).view(-1, 1)
+
+
+def test_gae_by_hand():
+    # gamma = 0.5, lambda = 0.5. Step 1 terminates, step 2 times out with V(final) = 8.
+    # delta_0 = 1 + 0.5 * 2 - 1 = 1;  delta_1 = 2 + 0 - 2 = 0;  delta_2 = 3 + 0.5 * 8 - 4 = 3
+    # A_2 = 3 (cut);  A_1 = 0 (cut);  A_0 = 1 + 0.25 * 0 = 1
+    returns, advantages = gae(
+        column(1.0, 2.0, 3.0),
+        column(1.0, 2.0, 4.0),
+        column(2.0, 9.0, 8.0),
+        column(False, True, False),
+        column(False, True, True),
+        0.5,
+        0.5,
+    )
+    assert advantages.flatten().tolist() == [1.0, 0.0, 3.0]
+    assert returns.flatten().tolist() == [2.0, 2.0, 7.0]
+
+
+def test_gae_accumulates_over_steps():
+    # No episode ends: A_1 = 1 + 0.5*4 - 2 = 1;  A_0 = (1 + 0.5*2 - 1) + 0.25 * 1 = 1.25
+    no = column(False, False)
+    _, advantages = gae(column(1.0, 1.0), column(1.0, 2.0), column(2.0, 4.0), no, no, 0.5, 0.5)
+    assert advantages.flatten().tolist() == [1.25, 1.0]
+
+
+def test_vtrace_by_hand():
+    # rho = (0.5, 1 after truncation). gamma = 0.5, lambda = 1.
+    # delta_1 = 1 * (1 + 0.5*4 - 2) = 1;  v_1 = 3;  A_1 = 1 + 0.5*4 - 2 = 1
+    # delta_0 = 0.5 * (1 + 0.5*2 - 1) = 0.5;  v_0 = 1 + 0.5 + 0.5*0.5*1 = 1.75;  A_0 = 1 + 0.5*3 - 1 = 1.5
+    no = column(False, False)
+    targets, advantages = vtrace(
+        column(1.0, 1.0),
+        column(1.0, 2.0),
+        column(2.0, 4.0),
+        no,
+        no,
+        torch.log(column(0.5, 3.0)),
+        0.5,
+        1.0,
+    )
+    torch.testing.assert_close(targets.flatten(), torch.tensor([1.75, 3.0]))
+    torch.testing.assert_close(advantages.flatten(), torch.tensor([1.5, 1.0]))
+
+
+def test_vtrace_on_policy_targets_are_gae_returns():
+    torch.manual_seed(0)
+    shape = (12, 7)
+    rewards, values, next_values = torch.randn(3, *shape)
+    terminated = torch.rand(shape) < 0.1
+    dones = terminated | (torch.rand(shape) < 0.1)
+    episode = (rewards, values, next_values, terminated, dones)
+    returns, _ = gae(*episode, 0.9, 0.8)
+    # V-trace's correction uses the stored values of the next step, as GAE's deltas do.
+    targets, _ = vtrace(*episode, torch.zeros(shape), 0.9, 0.8)
+    torch.testing.assert_close(targets, returns)
+
+
+def build(num_envs=3, **algorithm):
+    env = PointEnv(num_envs)
+    cfg = runner_cfg(**algorithm) | {"num_steps_per_env": 3}
+    return env, M3PO.construct_algorithm(env.get_observations(), env, cfg, "cpu")
+
+
+def play_three_steps(algorithm, with_final_obs):
+    """Env 0 goes on, env 1 terminates and env 2 times out at step 1. Final observations are stale elsewhere."""
+    torch.manual_seed(0)
+    obs = [TensorDict({"policy": torch.randn(3, 4)}, batch_size=[3]) for _ in range(4)]
+    final = torch.full((3, 4), 1e6)
+    final[1], final[2] = 5.0, -0.7
+    for t in range(3):
+        algorithm.act(obs[t])
+        ended = t == 1
+        extras = {"time_outs": torch.tensor([False, False, ended])}
+        if with_final_obs:
+            extras["final_obs"] = {"policy": final}
+        algorithm.process_env_step(obs[t + 1], torch.ones(3), torch.tensor([0, ended, ended]).long(), extras)
+    algorithm.compute_returns(obs[3])
+    return obs, final
+
+
+def test_time_outs_bootstrap_with_the_final_observation():
+    _, algorithm = build()
+    obs, final = play_three_steps(algorithm, with_final_obs=True)
+    st = algorithm.storage
+    with torch.no_grad():
+        value = {t: algorithm.critic(obs[t]).squeeze(-1) for t in range(4)}
+        at_end = algorithm.critic(TensorDict({"policy": final}, batch_size=[3])).squeeze(-1)
+    # Stale rows of final_obs (1e6) must not leak anywhere.
+    torch.testing.assert_close(st.next_values[0], value[1])
+    torch.testing.assert_close(st.next_values[1, 0], value[2][0])
+    torch.testing.assert_close(st.next_values[1, 2], at_end[2])
+    assert st.next_obs["policy"].abs().max() < 1e3
+    gamma, lam = algorithm.cfg.gamma, algorithm.cfg.lam
+    terminal = 1.0 - value[1][1]
+    torch.testing.assert_close(st.returns[1, 1], terminal + value[1][1])
+    cut = 1.0 + gamma * at_end[2] - value[1][2]
+    torch.testing.assert_close(st.returns[1, 2], cut + value[1][2])
+    before = 1.0 + gamma * value[1][2] - value[0][2] + gamma * lam * cut
+    torch.testing.assert_close(st.returns[0, 2], before + value[0][2])
+
+
+def test_without_final_observations_the_model_predicts_the_end():
+    _, algorithm = build()
+    play_three_steps(algorithm, with_final_obs=False)
+    st, model = algorithm.storage, algorithm.model
+    task = torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        z = model.encode(st.obs["policy"][1, 2:], task)
+        e = model.embed(task)
+        expected = model.value(model.predict(z, st.actions[1, 2:], e)[0], e) * model.rewards.scale(task)
+    torch.testing.assert_close(st.next_values[1, 2:], expected)
+    assert not st.next_obs_valid[1, 1:].any()
+    assert st.next_obs_valid[1, 0]
