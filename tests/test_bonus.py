@@ -9,15 +9,15 @@ from m3po.config import BonusCfg
 class HandModel:
     """A world model of one dimension whose every number is known: h(s) = s, d = z + a, R = 2 z, V = 10 z."""
 
-    class cfg:  # noqa: N801
+    class cfg:
         terminal_reward = False
 
-    class rewards:  # noqa: N801
+    class rewards:
         @staticmethod
         def scale(task):
             return torch.ones(task.shape)
 
-    class two_hot:  # noqa: N801
+    class two_hot:
         @staticmethod
         def decode(x):
             return x

@@ -27,6 +27,8 @@ def test_two_hot_round_trip_and_clamp():
     assert two_hot.encode(torch.tensor(1e9))[-1] == 1.0
     # The cross-entropy of the target with itself is the smallest one.
     logits = (target + 1e-9).log()
+    expected = -(target * torch.log_softmax(logits, -1)).sum(-1)
+    torch.testing.assert_close(two_hot.cross_entropy(logits, x), expected, rtol=1e-4, atol=1e-5)
     assert (two_hot.cross_entropy(logits, x) <= two_hot.cross_entropy(torch.roll(logits, 5, -1), x)).all()
 
 
@@ -37,8 +39,13 @@ def test_two_hot_hand_computed():
 
 
 def test_simnorm_groups_sum_to_one():
-    z = SimNorm(8)(torch.randn(3, 64))
-    torch.testing.assert_close(z.view(3, 8, 8).sum(-1), torch.ones(3, 8))
+    logits, base = 3 * torch.randn(3, 64), torch.rand(3, 64) + 0.1
+    expected = torch.softmax(logits.view(3, 8, 8), -1).flatten(1)
+    torch.testing.assert_close(SimNorm(8)(logits), expected)
+    expected = torch.softmax((logits + base.log()).view(3, 8, 8), -1).flatten(1)
+    torch.testing.assert_close(SimNorm(8)(logits, base), expected)
+    extreme = SimNorm(8)(1e6 * torch.randn(3, 64))
+    torch.testing.assert_close(extreme.view(3, 8, 8).sum(-1), torch.ones(3, 8))
 
 
 def test_mish_without_gradients_is_mish():

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from rsl_rl.runners import OnPolicyRunner
 from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms import M3PO
-from m3po.config import AlgorithmCfg, from_dict, validate
+from m3po.config import AlgorithmCfg, from_dict, paper_preset, validate
 from m3po.errors import CheckpointError, UserError
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
@@ -37,7 +39,7 @@ def weights(run):
 @pytest.mark.parametrize("execution", ["projected", "mppi"])
 def test_behaviour_density_against_monte_carlo(execution):
     """``E_beta[q / beta] = 1`` for any density q: the stored ``log beta`` must be that of the executed actions."""
-    env, algorithm = build(40_000, planner={"share": 1.0, "execution": execution, "max_kl": 0.5, **OPEN})
+    env, algorithm = build(10_000, planner={"share": 1.0, "execution": execution, "max_kl": 0.5, **OPEN})
     algorithm.model.reward_head.weight.data.normal_(std=0.5)
     obs = env.get_observations()
     obs["policy"][:] = 0.1
@@ -46,7 +48,7 @@ def test_behaviour_density_against_monte_carlo(execution):
     assert (decision.log_beta - decision.log_pi).abs().mean() > 0.01
     q = torch.distributions.Normal(decision.mean, 0.5 * decision.std).log_prob(decision.actions).sum(-1)
     estimate = torch.exp(q - decision.log_beta)
-    assert abs(estimate.mean() - 1.0) < 5 * estimate.std() / 200.0 + 0.01
+    assert abs(estimate.mean() - 1.0) < 5 * estimate.std() / 100.0 + 0.01
     # A wrong density must fail this test: the prior's own is not that of the executed actions.
     if execution == "projected":
         kl = 0.5 * ((decision.plan_mean - decision.mean) / decision.std).square().sum(-1)
@@ -103,9 +105,23 @@ def test_reports_and_checkpoints(tmp_path, capsys):
     assert [int(r["iteration"]) for r in rows] == [0, 1, 2, 3]
     assert int(rows[-1]["env_steps"]) == 4 * 16 * 8
     wanted = (
-        "mean_return", "mean_length", "time_plan", "time_physics", "time_update", "loss/surrogate", "loss/model_reward",
-        "planner/kl", "planner/share", "policy/effective_sample_size", "policy/clipped_share", "policy/value_ev",
-        "bonus/mean_abs", "model/skill_1", "model/error_H", "model/reward_ev", "model/value_ev",
+        "mean_return",
+        "mean_length",
+        "time_plan",
+        "time_physics",
+        "time_update",
+        "loss/surrogate",
+        "loss/model_reward",
+        "planner/kl",
+        "planner/share",
+        "policy/effective_sample_size",
+        "policy/clipped_share",
+        "policy/value_ev",
+        "bonus/mean_abs",
+        "model/skill_1",
+        "model/error_H",
+        "model/reward_ev",
+        "model/value_ev",
     )
     for name in wanted:
         assert rows[-1][name] != "", name
@@ -197,14 +213,9 @@ def test_unknown_fields_are_listed():
         from_dict(AlgorithmCfg, {"planner": {"horizn": 5}})
 
 
-@pytest.mark.parametrize("mode", ["default", "paper"])
-def test_learns_to_stay_at_the_origin(mode):
-    """Both modes beat the starting policy clearly in a few seconds."""
-    paper = {"ratio": "prior", "advantage": "vtrace", "distill_coef": 0.0, "bonus": {"alpha": 1.0, "centering": "mean"}}
-    paper |= {"world_model": {"dynamics": "plain", "ring_transitions": 0, "value_target": "returns", "horizon": 3}}
-    paper |= {"planner": {"execution": "mppi", "share": 1.0, **OPEN}}
-    cfg = runner_cfg(**(paper if mode == "paper" else {"planner": {"share": 0.5}}))
-    cfg |= {"max_iterations": 40, "num_steps_per_env": 10}
+def test_learns_to_stay_at_the_origin():
+    """A few seconds of training beat the starting policy clearly, with the planner on."""
+    cfg = runner_cfg(planner={"share": 0.5}) | {"max_iterations": 40, "num_steps_per_env": 10}
     torch.manual_seed(0)
     run = M3PORunner(PointEnv(128), cfg, device="cpu")
 
@@ -220,6 +231,19 @@ def test_learns_to_stay_at_the_origin(mode):
     run.learn(40)
     after = score()
     assert after > 0.5 * before, (before, after)  # returns are negative: at most half of the initial cost
+
+
+def test_paper_mode_plans_everywhere_on_the_same_code_path(tmp_path):
+    cfg = runner_cfg()
+    paper = dataclasses.asdict(paper_preset("cpu"))
+    paper["world_model"] |= {"steps_per_iteration": 4, "batch_size": 64}
+    cfg["algorithm"] = {"class_name": cfg["algorithm"]["class_name"], **paper}
+    train(cfg, 3, str(tmp_path))
+    with open(tmp_path / "progress.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["planner/share"]) for r in rows] == [1.0] * 3
+    assert [float(r["bonus/alpha"]) for r in rows] == [1.0, 0.75, 0.5]
+    assert all(math.isfinite(float(v)) for r in rows for v in r.values() if v)
 
 
 def test_two_tasks_have_rows_and_scales_of_their_own():

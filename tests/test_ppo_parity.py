@@ -13,7 +13,7 @@ OFF = {
     "planner": {"share": 0.0},
     "bonus": {"alpha": 0.0},
     "world_model": {"steps_per_iteration": 0},
-    "critic_learning_rate": None,
+    "critic_min_learning_rate": 0.0,
     "lam": 0.95,
     "learning_rate": 1e-3,
     "entropy_coef": 0.01,

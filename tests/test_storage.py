@@ -18,8 +18,17 @@ def fill(storage, start, dones=()):
         after = TensorDict({"policy": stamp + torch.tensor([1.0, 0.0])}, batch_size=[N])
         one = torch.ones(N)
         storage.add_action(
-            obs, torch.zeros(N, dtype=torch.long), actions=stamp[:, :1], mean=stamp[:, :1], std=one[:, None],
-            plan_mean=stamp[:, :1], values=one, log_pi=one, log_beta=one, plan_gain=one, planned=one.bool(),
+            obs,
+            torch.zeros(N, dtype=torch.long),
+            actions=stamp[:, :1],
+            mean=stamp[:, :1],
+            std=one[:, None],
+            plan_mean=stamp[:, :1],
+            values=one,
+            log_pi=one,
+            log_beta=one,
+            plan_gain=one,
+            planned=one.bool(),
         )
         ended = torch.tensor([(t, n) in dones for n in range(N)])
         storage.add_outcome(after, one.bool(), one * t, ended, ended)
@@ -61,7 +70,9 @@ def test_sequences_are_consecutive_and_never_cross_a_reset(storage):
         assert (env[valid, k] == env[valid, 0]).all()
         assert (batch.next_obs["policy"][valid, k, 0] == time[valid, k] + 1).all()
         if k:
-            ended = torch.tensor([(t, n) in dones for t, n in zip(time[:, k - 1].tolist(), env[:, 0].tolist(), strict=True)])
+            ended = torch.tensor(
+                [(t, n) in dones for t, n in zip(time[:, k - 1].tolist(), env[:, 0].tolist(), strict=True)]
+            )
             assert not (valid & ended).any()
             assert torch.equal(valid, batch.mask[:, k - 1] & ~ended)
     # A terminal transition itself is part of the data.

@@ -22,8 +22,14 @@ def sequences(batch=256, horizon=3, seed=0):
     wrap = {"batch_size": (batch, horizon)}
     reward = -states[:, :-1].square().sum(-1)
     return Sequences(
-        obs=TensorDict({"policy": states[:, :-1]}, **wrap), next_obs=TensorDict({"policy": states[:, 1:]}, **wrap),
-        actions=actions, rewards=reward, returns=3 * reward, terminated=terminated, mask=mask, next_mask=mask,
+        obs=TensorDict({"policy": states[:, :-1]}, **wrap),
+        next_obs=TensorDict({"policy": states[:, 1:]}, **wrap),
+        actions=actions,
+        rewards=reward,
+        returns=3 * reward,
+        terminated=terminated,
+        mask=mask,
+        next_mask=mask,
         task=torch.zeros(batch, horizon, dtype=torch.long),
     )
 

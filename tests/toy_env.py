@@ -26,7 +26,10 @@ class PointEnv(VecEnv):
 
     def _reset(self, rows: torch.Tensor) -> None:
         fresh = torch.cat(
-            [2 * torch.rand(self.num_envs, self.dim, generator=self.generator) - 1, torch.zeros(self.num_envs, self.dim)],
+            [
+                2 * torch.rand(self.num_envs, self.dim, generator=self.generator) - 1,
+                torch.zeros(self.num_envs, self.dim),
+            ],
             dim=1,
         )
         self.state = torch.where(rows[:, None], fresh, self.state)
@@ -64,7 +67,13 @@ class PointEnv(VecEnv):
 
 def runner_cfg(**algorithm: object) -> dict:
     """A runner configuration of M3PO for :class:`PointEnv`, small enough for a test."""
-    model = {"size": "tiny", "task_embedding_dim": 4, "steps_per_iteration": 4, "batch_size": 64, "ring_transitions": 2000}
+    model = {
+        "size": "tiny",
+        "task_embedding_dim": 4,
+        "steps_per_iteration": 4,
+        "batch_size": 64,
+        "ring_transitions": 2000,
+    }
     network = {"class_name": "MLPModel", "hidden_dims": [32, 32], "activation": "elu"}
     noise = {"class_name": "GaussianDistribution", "init_std": 1.0}
     values = {

@@ -184,11 +184,8 @@ class AlgorithmCfg:
     learning_rate: float = 1e-3
     """Initial step size of the policy."""
 
-    critic_learning_rate: float | None = None
-    """Step size of the critic. ``None`` follows the policy's adaptive rate, as in rsl_rl."""
-
-    std_learning_rate: float | None = None
-    """Step size of a learnable deviation. ``None`` follows the policy's adaptive rate."""
+    critic_min_learning_rate: float = 1e-3
+    """The critic follows the policy's adaptive rate, as in rsl_rl, but never below this."""
 
     max_grad_norm: float = 1.0
     """Gradient clipping threshold of policy and critic, each."""
@@ -208,7 +205,7 @@ class AlgorithmCfg:
     advantage: str = "gae"
     """``gae``, or ``vtrace`` for a planner without a trust region."""
 
-    distill_coef: float = 0.2
+    distill_coef: float = 0.4
     """Weight of the regression of the prior's mean onto the planner's, where the plan is predicted to be better."""
 
     world_model: WorldModelCfg = field(default_factory=WorldModelCfg)
@@ -294,6 +291,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int) -> None:
         ("world_model.steps_per_iteration", wm.steps_per_iteration),
         ("world_model.ring_transitions", wm.ring_transitions),
         ("distill_coef", cfg.distill_coef),
+        ("critic_min_learning_rate", cfg.critic_min_learning_rate),
         ("bonus.alpha", bonus.alpha),
         ("bonus.floor", bonus.floor),
     )
@@ -316,14 +314,25 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int) -> None:
         require(0.0 <= value <= 1.0, f"{name} must lie in [0, 1], got {value}.")
 
 
-def default_preset(device: str) -> AlgorithmCfg:
+def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
     """Default mode: the algorithm with the settlements that paid in measurements, sized for the device.
 
     Args:
         device: Torch device name; a CPU gets a smaller model and planner.
+        policy_width: Widest hidden layer of the task's policy. On a CPU the model is sized after it, so that planning
+            costs about as much as the task's own physics and policy.
     """
+    if device.startswith("cpu") and policy_width <= 64:
+        return AlgorithmCfg(
+            distill_coef=0.6,
+            world_model=WorldModelCfg(
+                size="micro", task_embedding_dim=8, steps_per_iteration=16, batch_size=256, learning_rate=2e-3
+            ),
+            planner=PlannerCfg(horizon=6, num_samples=8, num_prior_samples=0, num_iterations=1, num_elites=8),
+        )
     if device.startswith("cpu"):
         return AlgorithmCfg(
+            distill_coef=0.2,
             world_model=WorldModelCfg(
                 size="tiny", task_embedding_dim=8, steps_per_iteration=32, batch_size=256, learning_rate=2e-3
             ),
@@ -334,16 +343,18 @@ def default_preset(device: str) -> AlgorithmCfg:
     return AlgorithmCfg(world_model=WorldModelCfg(steps_per_iteration=28, batch_size=4096))
 
 
-def paper_preset(device: str) -> AlgorithmCfg:
+def paper_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
     """Paper mode: mean centring, the prior's ratio, every environment planned with TD-MPC2's budget.
 
     Args:
         device: Torch device name; a CPU gets a smaller model and fewer candidates, or one step would take minutes.
+        policy_width: Widest hidden layer of the task's policy; the paper sizes its model independently of it.
     """
     cpu = device.startswith("cpu")
     return AlgorithmCfg(
         lam=0.95,
         learning_rate=3e-4,
+        critic_min_learning_rate=0.0,
         schedule="fixed",
         ratio="prior",
         advantage="vtrace",

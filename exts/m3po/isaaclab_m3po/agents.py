@@ -171,7 +171,8 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
     if not isinstance(task_cfg, RslRlOnPolicyRunnerCfg):
         kind = type(task_cfg).__name__
         raise UserError(f"M3PO needs a task whose rsl_rl agent is one of the on-policy runner, not a {kind}.")
-    algorithm = PRESETS[mode](device)
+    hidden = getattr(getattr(task_cfg, "actor", None), "hidden_dims", None)
+    algorithm = PRESETS[mode](device, max(hidden)) if isinstance(hidden, list) else PRESETS[mode](device)
     for name in _FROM_TASK:
         value = getattr(task_cfg.algorithm, name, dataclasses.MISSING)
         if value is not dataclasses.MISSING:

@@ -56,8 +56,8 @@ def require_rendering() -> None:
     if probe.returncode != 0:
         reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
         raise UserError(
-            f"--video cannot render: no OpenGL context through EGL ({reason}). Most likely the driver is missing; that of "
-            f"the CPU is in the packages {' and '.join(DRIVERS)}. {remedy}"
+            f"--video cannot render: no OpenGL context through EGL ({reason}). Most likely the driver is missing; "
+            f"that of the CPU is in the packages {' and '.join(DRIVERS)}. {remedy}"
         )
 
 

@@ -2,8 +2,8 @@
 
 One iteration::
 
-    for t in range(T):                     act()              prior proposes, planner improves a share of the environments
-                                           process_env_step() store outcome, true terminations, final observations
+    for t in range(T):  act()               prior proposes, planner improves a share of the environments
+                        process_env_step()  store outcome, true terminations, final observations
     compute_returns()                      GAE or V-trace under the behaviour
     update():  bonus (4)-(7)  ->  policy and critic (8)-(9), distillation  ->  world model on the ring  ->  normalisers
 """
@@ -121,7 +121,7 @@ class M3PO:
         final_obs = extras.get("final_obs")
         if final_obs is not None:
             groups = {}
-            for group in self.storage.next_obs.keys():
+            for group in self.storage.next_obs.keys():  # noqa: SIM118 - a TensorDict iterates over its rows
                 rows = dones.view(-1, *[1] * (obs[group].dim() - 1))
                 groups[group] = torch.where(rows, final_obs[group].to(self.device), obs[group])
             next_obs, valid = TensorDict(groups, batch_size=obs.batch_size), torch.ones_like(dones)

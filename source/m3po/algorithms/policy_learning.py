@@ -17,20 +17,13 @@ class PolicyLearner:
     """Trains policy and critic on the current rollout (8)-(9)."""
 
     def __init__(self, actor: MLPModel, critic: MLPModel, cfg: AlgorithmCfg) -> None:
-        """Create Adam with groups of their own for policy, deviation and critic: one rate for all starves the critic."""
+        """Create the optimiser."""
         self.actor, self.critic, self.cfg = actor, critic, cfg
         self.learning_rate = cfg.learning_rate
-        std = [p for name, p in actor.named_parameters() if name.startswith("distribution.")]
-        mean = [p for name, p in actor.named_parameters() if not name.startswith("distribution.")]
-        groups = ((mean, None), (std, cfg.std_learning_rate), (list(critic.parameters()), cfg.critic_learning_rate))
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": params, "lr": cfg.learning_rate if lr is None else lr, "adaptive": lr is None}
-                for params, lr in groups
-                if params
-            ],
-            fused=True,
-        )
+        # Groups of their own for policy and critic: one adaptive rate for both starves the critic.
+        groups = [{"params": list(network.parameters()), "lr": cfg.learning_rate} for network in (actor, critic)]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self._set_learning_rate(cfg.learning_rate)
 
     def train(self, rollout: RolloutStorage) -> dict[str, float]:
         """Run all epochs. Returns the mean of each loss, and the share of clipped ratios in the first epoch."""
@@ -83,9 +76,11 @@ class PolicyLearner:
         """rsl_rl's adaptive schedule: keep the KL of an update near ``desired_kl``."""
         kl = self.actor.get_kl_divergence(old, new).mean()
         if kl > 2.0 * self.cfg.desired_kl:
-            self.learning_rate = max(1e-5, self.learning_rate / 1.5)
+            self._set_learning_rate(max(1e-5, self.learning_rate / 1.5))
         elif 0.0 < kl < 0.5 * self.cfg.desired_kl:
-            self.learning_rate = min(1e-2, self.learning_rate * 1.5)
-        for group in self.optimizer.param_groups:
-            if group["adaptive"]:
-                group["lr"] = self.learning_rate
+            self._set_learning_rate(min(1e-2, self.learning_rate * 1.5))
+
+    def _set_learning_rate(self, rate: float) -> None:
+        policy, critic = self.optimizer.param_groups
+        self.learning_rate = policy["lr"] = rate
+        critic["lr"] = max(rate, self.cfg.critic_min_learning_rate)

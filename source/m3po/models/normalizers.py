@@ -69,12 +69,16 @@ class RewardStatistics(nn.Module):
             fallen = mine & terminated
             n, n_alive, n_fallen = mine.sum(), alive.sum(), fallen.sum()
             seen_alive = self.count[k] - self.falls[k]
-            self.square[k] += n_alive / (seen_alive + n_alive).clamp_min(1) * (
-                (reward.square() * alive).sum() / n_alive.clamp_min(1) - self.square[k]
+            self.square[k] += (
+                n_alive
+                / (seen_alive + n_alive).clamp_min(1)
+                * ((reward.square() * alive).sum() / n_alive.clamp_min(1) - self.square[k])
             )
             self.rate[k] += n / (self.count[k] + n).clamp_min(1) * (n_fallen / n.clamp_min(1) - self.rate[k])
-            self.terminal[k] += n_fallen / (self.falls[k] + n_fallen).clamp_min(1) * (
-                (reward * fallen).sum() / n_fallen.clamp_min(1) - self.terminal[k]
+            self.terminal[k] += (
+                n_fallen
+                / (self.falls[k] + n_fallen).clamp_min(1)
+                * ((reward * fallen).sum() / n_fallen.clamp_min(1) - self.terminal[k])
             )
             self.count[k] += n
             self.falls[k] += n_fallen

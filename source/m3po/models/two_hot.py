@@ -35,12 +35,16 @@ class TwoHot(nn.Module):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Two-hot target of a scalar. Shape (...,) -> (..., num_bins). Values beyond the range are clamped."""
+        lower, weight = self._position(x)
+        target = torch.zeros(*x.shape, self.num_bins, device=x.device, dtype=x.dtype)
+        target.scatter_(-1, lower.unsqueeze(-1), 1.0 - weight.unsqueeze(-1))
+        return target.scatter_(-1, lower.unsqueeze(-1) + 1, weight.unsqueeze(-1))
+
+    def _position(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index of the bin below a scalar, and the weight of the bin above it; shapes of ``x``."""
         position = (symlog(x).clamp(self.low, self.high) - self.low) / self.step
         lower = position.floor().clamp(max=self.num_bins - 2).long()
-        weight = (position - lower).unsqueeze(-1)
-        target = torch.zeros(*x.shape, self.num_bins, device=x.device, dtype=x.dtype)
-        target.scatter_(-1, lower.unsqueeze(-1), 1.0 - weight)
-        return target.scatter_(-1, lower.unsqueeze(-1) + 1, weight)
+        return lower, position - lower
 
     def decode(self, logits: torch.Tensor) -> torch.Tensor:
         """Expected value of the distribution. Shape (..., num_bins) -> (...,)."""
@@ -48,4 +52,6 @@ class TwoHot(nn.Module):
 
     def cross_entropy(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of logits (..., num_bins) against a scalar target (...,). Returns (...,)."""
-        return -(self.encode(x) * F.log_softmax(logits, dim=-1)).sum(-1)
+        lower, weight = self._position(x)
+        at = logits.gather(-1, torch.stack([lower, lower + 1], dim=-1))
+        return torch.logsumexp(logits, dim=-1) - torch.lerp(at[..., 0], at[..., 1], weight)

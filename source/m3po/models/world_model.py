@@ -80,7 +80,7 @@ class WorldModel(nn.Module):
         """
         features = self.transition(torch.cat([z, action, e], dim=-1))
         update = self.latent_head(features)
-        z_next = self.simnorm(torch.log(z + 1e-3) + update if self.residual else update)
+        z_next = self.simnorm(update, base=z + 1e-3 if self.residual else None)
         return z_next, self.reward_head(features), self.termination_head(features).squeeze(-1)
 
     def value_logits(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:

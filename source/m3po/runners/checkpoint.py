@@ -46,7 +46,9 @@ def read_checkpoint(path: str | Path, map_location: str | None = None) -> dict[s
     try:
         content = torch.load(path, weights_only=True, map_location=map_location)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"'{path}' holds objects other than tensors and plain values; it is not loaded.") from error
+        raise CheckpointError(
+            f"'{path}' holds objects other than tensors and plain values; it is not loaded."
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"The checkpoint '{path}' is truncated or corrupted.") from error
     if not isinstance(content, dict) or "actor_state_dict" not in content:

@@ -60,7 +60,11 @@ class Reporter:
         self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in flat.items()})
         self._file.flush()
         step = int(row["iteration"])
-        tags = {"mean_return": "Train/mean_reward", "mean_length": "Train/mean_episode_length", "success": "Train/success"}
+        tags = {
+            "mean_return": "Train/mean_reward",
+            "mean_length": "Train/mean_episode_length",
+            "success": "Train/success",
+        }
         for name, value in flat.items():
             tag = tags.get(name, name if "/" in name else f"Perf/{name}")
             self._writer.add_scalar(tag.replace("loss/", "Loss/"), value, step)

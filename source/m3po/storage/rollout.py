@@ -58,7 +58,7 @@ class RolloutStorage:
         Args:
             obs: Observations, batch size (N,).
             task: Task ids, (N,).
-            **fields: ``actions, mean, std, plan_mean`` (N, A) and ``values, log_pi, log_beta, plan_gain, planned`` (N,).
+            **fields: ``actions, mean, std, plan_mean`` (N, A); ``values, log_pi, log_beta, plan_gain, planned`` (N,).
 
         Raises:
             OverflowError: If the rollout is already full.

@@ -163,7 +163,7 @@ def _play(job: launch.Job, checkpoint: Path, train_cfg: dict[str, Any], outputs:
         try:
             runner.load(str(checkpoint), load_cfg={"actor": True})
         except RuntimeError as error:  # torch's complaint about the shapes of parameters
-            reason = " ".join(str(error).split())
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # the first of many parameters
             raise CheckpointError(f"The checkpoint '{checkpoint}' does not fit these networks: {reason}") from error
         if outputs.export is not None:
             _export(runner, outputs.export)
