@@ -69,12 +69,12 @@ class M3PO:
         self.iteration = 0
         num_envs, num_steps = storage.num_envs, storage.num_steps
         task_ids = torch.zeros(num_envs, dtype=torch.long, device=device) if task_ids is None else task_ids
-        self.behaviour = Behaviour(actor, model, self._model_obs, cfg.planner, cfg.gamma, task_ids, seed)
+        self.behaviour = Behaviour(actor, model, self.model_obs, cfg.planner, cfg.gamma, task_ids, seed)
         self.ring = RolloutRing(storage, max(1, round(cfg.world_model.ring_transitions / (num_envs * num_steps))))
         self.policy_learner = PolicyLearner(actor, critic, cfg)
         self.model_learner = ModelLearner(
             model,
-            flatten_obs=self._model_obs,
+            flatten_obs=self.model_obs,
             policy_mean=actor,
             policy_std=lambda: actor.output_std.view(-1, actor.output_std.shape[-1])[0],
             critic=lambda obs: critic(obs).squeeze(-1),
@@ -164,7 +164,7 @@ class M3PO:
         if unknown.any():
             task = st.task[unknown]
             e = self.model.embed(task)
-            z = self.model.encode(self._model_obs(st.obs[unknown]), task)
+            z = self.model.encode(self.model_obs(st.obs[unknown]), task)
             value = self.model.value(self.model.predict(z, st.actions[unknown], e)[0], e)
             st.next_values[unknown] = (value * self.model.rewards.scale(task)).detach()
 
@@ -221,13 +221,13 @@ class M3PO:
         metrics = {"bonus/alpha": alpha, "bonus/gap": 0.0, "bonus/mean_abs": 0.0}
         if alpha == 0.0:
             return metrics
-        obs, task = self._model_obs(st.obs).flatten(0, 1), st.task.flatten()
+        obs, task = self.model_obs(st.obs).flatten(0, 1), st.task.flatten()
         gap = value_gap(
             self.model,
             obs,
             st.actions.flatten(0, 1),
             st.rewards.flatten(),
-            self._model_obs(st.next_obs).flatten(0, 1),
+            self.model_obs(st.next_obs).flatten(0, 1),
             st.terminated.flatten(),
             task,
             self.cfg.gamma,
@@ -247,10 +247,10 @@ class M3PO:
         self.actor.update_normalization(flat)
         self.critic.update_normalization(flat)
         task = st.task.flatten()
-        self.model.obs_normalizer.update(self._model_obs(flat), task)
+        self.model.obs_normalizer.update(self.model_obs(flat), task)
         self.model.rewards.update(st.rewards.flatten(), st.terminated.flatten(), task)
 
-    def _model_obs(self, obs: TensorDict) -> torch.Tensor:
+    def model_obs(self, obs: TensorDict) -> torch.Tensor:
         """Observation vector of the world model, (..., O)."""
         return torch.cat([obs[group] for group in self.model_groups], dim=-1)
 

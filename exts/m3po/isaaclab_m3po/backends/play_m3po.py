@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3po.errors import CheckpointError, UserError
+from m3po.errors import UserError
 
 from .. import launch, video
 
@@ -160,11 +160,7 @@ def _play(job: launch.Job, checkpoint: Path, train_cfg: dict[str, Any], outputs:
 
     with launch.environment(job) as env:
         runner = M3PORunner(env, train_cfg, log_dir=None, device=job.device)
-        try:
-            runner.load(str(checkpoint), load_cfg={"actor": True})
-        except RuntimeError as error:  # torch's complaint about the shapes of parameters
-            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # the first of many parameters
-            raise CheckpointError(f"The checkpoint '{checkpoint}' does not fit these networks: {reason}") from error
+        runner.load(str(checkpoint), load_cfg={"actor": True})
         if outputs.export is not None:
             _export(runner, outputs.export)
         frames = contextlib.nullcontext()
