@@ -31,7 +31,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def script(name: str, task: str, logs: Path, *options: object) -> Result:
     command = [sys.executable, REPOSITORY / "scripts" / name, "--task", task, "--log_root", logs, *CPU, *options]
-    result = run_process(command, timeout=280)
+    result = run_process(command, timeout=600)
     assert result.rc == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
@@ -130,7 +130,7 @@ def test_isaac_labs_own_play_command_plays_our_checkpoints(cartpole_run: Path) -
     checkpoint = cartpole_run / "model_2.pt"
     command = [Path(sys.executable).with_name("isaaclab"), "play", "--rl_library", "rsl_rl", "--task", "Isaac-Cartpole"]
     command += ["--agent", "m3po_cfg_entry_point", "--checkpoint", checkpoint, "--num_envs", 4, *CPU]
-    result = run_process([*command, "--video", "--video_length", 3, "--viz", "newton_gl"], timeout=280)
+    result = run_process([*command, "--video", "--video_length", 3, "--viz", "newton_gl"], timeout=600)
     assert result.rc == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert (checkpoint.parent / "exported" / "policy.onnx").is_file()
     (clip,) = checkpoint.parent.glob("videos/play/*.mp4")

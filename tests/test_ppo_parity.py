@@ -87,3 +87,22 @@ def test_zero_planner_iterations_reproduce_the_prior_bit_for_bit():
     assert torch.equal(runs[0][0], runs[1][0])
     for a, b in zip(runs[0][1], runs[1][1], strict=True):
         assert torch.equal(a, b)
+
+
+def test_learning_a_model_does_not_perturb_the_policy():
+    """The model draws from streams of its own: without a planner, training it changes no action and no weight."""
+    runs = []
+    for steps in (0, 3):
+        torch.manual_seed(5)
+        env = PointEnv(16)
+        cfg = runner_cfg(planner={"share": 0.0}, world_model={"steps_per_iteration": steps})
+        algorithm = M3PO.construct_algorithm(env.get_observations(), env, cfg, "cpu")
+        obs = env.get_observations()
+        for _ in range(3):
+            for _ in range(8):
+                obs, reward, dones, extras = env.step(algorithm.act(obs))
+                algorithm.process_env_step(obs, reward, dones, extras)
+            algorithm.compute_returns(obs)
+            algorithm.update()
+        runs.append(torch.cat([obs["policy"].flatten(), *(p.detach().flatten() for p in algorithm.actor.parameters())]))
+    assert torch.equal(runs[0], runs[1])

@@ -324,11 +324,21 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
     """
     if device.startswith("cpu") and policy_width <= 64:
         return AlgorithmCfg(
-            distill_coef=0.6,
+            lam=0.95,
+            distill_coef=0.3,
             world_model=WorldModelCfg(
                 size="micro", task_embedding_dim=8, steps_per_iteration=16, batch_size=256, learning_rate=2e-3
             ),
-            planner=PlannerCfg(horizon=6, num_samples=8, num_prior_samples=0, num_iterations=1, num_elites=8),
+            planner=PlannerCfg(
+                horizon=8,
+                num_samples=4,
+                num_prior_samples=0,
+                num_iterations=1,
+                num_elites=4,
+                share=0.5,
+                min_skill=0.5,
+                min_reward_ev=0.5,
+            ),
         )
     if device.startswith("cpu"):
         return AlgorithmCfg(

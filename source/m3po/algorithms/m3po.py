@@ -70,7 +70,8 @@ class M3PO:
         num_envs, num_steps = storage.num_envs, storage.num_steps
         task_ids = torch.zeros(num_envs, dtype=torch.long, device=device) if task_ids is None else task_ids
         self.behaviour = Behaviour(actor, model, self.model_obs, cfg.planner, cfg.gamma, task_ids, seed)
-        self.ring = RolloutRing(storage, max(1, round(cfg.world_model.ring_transitions / (num_envs * num_steps))))
+        num_rollouts = max(1, round(cfg.world_model.ring_transitions / (num_envs * num_steps)))
+        self.ring = RolloutRing(storage, num_rollouts, seed)
         self.policy_learner = PolicyLearner(actor, critic, cfg)
         self.model_learner = ModelLearner(
             model,

@@ -45,9 +45,13 @@ class Sequences:
 class RolloutRing:
     """The newest rollouts of N environments, in order of time, on the device."""
 
-    def __init__(self, rollout: RolloutStorage, num_rollouts: int) -> None:
-        """Allocate room for a number of rollouts shaped like the given one."""
+    def __init__(self, rollout: RolloutStorage, num_rollouts: int, seed: int = 0) -> None:
+        """Allocate room for a number of rollouts shaped like the given one.
+
+        Draws come from a stream of their own: learning a model must not change what the policy samples.
+        """
         self.num_steps, self.num_envs, self.device = rollout.num_steps, rollout.num_envs, rollout.device
+        self.generator = torch.Generator(device=self.device).manual_seed(seed)
         self.capacity = num_rollouts * rollout.num_steps
         self.size = 0
         """Steps stored so far, at most :attr:`capacity`."""
@@ -85,8 +89,8 @@ class RolloutRing:
             The sub-sequences.
         """
         oldest = self.head if self.size == self.capacity else 0
-        start = torch.randint(self.size - horizon + 1, (batch_size, 1), device=self.device)
-        env = torch.randint(self.num_envs, (batch_size, 1), device=self.device)
+        draw = {"size": (batch_size, 1), "generator": self.generator, "device": self.device}
+        start, env = torch.randint(self.size - horizon + 1, **draw), torch.randint(self.num_envs, **draw)
         slot = (oldest + start + torch.arange(horizon, device=self.device)) % self.capacity
         return self._gather(slot, env)
 

@@ -80,7 +80,7 @@ def _main(argv: list[str]) -> int:
         job.env_cfg.scene.num_envs = num_envs
     if args.policy == "planner" and job.algo != "m3po":
         raise UserError(f"algorithm '{job.algo}' has no planner; use --policy prior.")
-    checkpoint = launch.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else _newest(job)
+    checkpoint = (launch.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else _newest(job)).resolve()
     train_cfg = _train_cfg(job, checkpoint)
     outputs = _outputs(args, checkpoint)
     if args.export is not None:
