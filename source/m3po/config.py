@@ -327,7 +327,7 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
             lam=0.95,
             distill_coef=0.3,
             world_model=WorldModelCfg(
-                size="micro", task_embedding_dim=8, steps_per_iteration=16, batch_size=256, learning_rate=2e-3
+                size="micro", task_embedding_dim=8, steps_per_iteration=12, batch_size=256, learning_rate=2e-3
             ),
             planner=PlannerCfg(
                 horizon=8,
@@ -344,7 +344,7 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
         return AlgorithmCfg(
             distill_coef=0.2,
             world_model=WorldModelCfg(
-                size="tiny", task_embedding_dim=8, steps_per_iteration=32, batch_size=256, learning_rate=2e-3
+                size="tiny", task_embedding_dim=8, steps_per_iteration=28, batch_size=256, learning_rate=2e-3
             ),
             planner=PlannerCfg(
                 horizon=4, num_samples=16, num_prior_samples=2, num_iterations=1, num_elites=16, share=0.5

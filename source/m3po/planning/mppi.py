@@ -8,6 +8,7 @@ unchanged; zero iterations return the prior's mean bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,17 @@ class Plan:
 
     elite_std: torch.Tensor
     """Deviation of the final sampling distribution's first action, shape (n, A), action units."""
+
+
+class _Start(NamedTuple):
+    """Where imagination starts: latents (n, Z), prior mean and deviation (n, A), embeddings (n, E), task ids (n,)."""
+
+    z: torch.Tensor
+    mu: torch.Tensor
+    sigma: torch.Tensor
+    e: torch.Tensor
+    task: torch.Tensor
+    action_mask: torch.Tensor | None
 
 
 class MPPIPlanner:
@@ -85,32 +97,37 @@ class MPPIPlanner:
             one = torch.ones(n, 1, device=z.device)
             return Plan(mu, torch.zeros(n, device=z.device), mu.unsqueeze(1), one, sigma)
 
-        e = self.model.embed(task)
-        nominal, nominal_return = self._follow_prior(z, mu, sigma, e, task, action_mask)
-        mean = torch.zeros_like(nominal)
-        std = torch.ones_like(nominal)
-        num_prior = cfg.num_prior_samples
-        u = torch.empty(n, cfg.num_samples, *nominal.shape[1:], device=z.device)
-        returns = torch.empty(n, cfg.num_samples, device=z.device)
+        num_closed = 1 + cfg.num_prior_samples
+        start = _Start(z, mu, sigma, self.model.embed(task), task, action_mask)
+        mean = mu.new_zeros(n, cfg.horizon, mu.shape[1])
+        std = torch.ones_like(mean)
         for iteration in range(cfg.num_iterations):
-            noise = self._noise(env_ids, step, iteration, nominal.shape[1:], action_mask)
-            if iteration == 0 and num_prior > 0:
-                u[:, :num_prior], returns[:, :num_prior] = self._explore_prior(
-                    z, mu, sigma, e, task, noise[:, :num_prior], nominal, action_mask
-                )
-            u[:, num_prior:] = (mean.unsqueeze(1) + std.unsqueeze(1) * noise[:, num_prior:]).clamp(
-                -cfg.max_noise, cfg.max_noise
-            )
-            returns[:, num_prior:] = self._evaluate(z, nominal, sigma, e, task, u[:, num_prior:])
+            noise = self._noise(env_ids, step, iteration, mean.shape[1:], action_mask)
+            u = (mean.unsqueeze(1) + std.unsqueeze(1) * noise).clamp(-cfg.max_noise, cfg.max_noise)
+            if iteration == 0:
+                # The unperturbed prior goes along as candidate 0: its actions are what the others perturb.
+                u = torch.cat([torch.zeros_like(u[:, :1]), u], dim=1)
+                actions, returns = self._imagine(start, u, num_closed=num_closed)
+                nominal, nominal_return = actions[:, 0], returns[:, 0]
+                offset = actions[:, 1:num_closed] - nominal.unsqueeze(1)
+                u[:, 1:num_closed] = offset / sigma.clamp_min(1e-6)[:, None, None]
+                u = u[:, 1:].clamp(-cfg.max_noise, cfg.max_noise)
+                returns = returns[:, 1:]
+                prior_u, prior_returns = u[:, : cfg.num_prior_samples], returns[:, : cfg.num_prior_samples]
+            else:
+                # The prior's own trajectories compete again, without being evaluated again.
+                u = torch.cat([prior_u, u[:, cfg.num_prior_samples :]], dim=1)
+                _, fresh = self._imagine(start, u[:, cfg.num_prior_samples :], nominal)
+                returns = torch.cat([prior_returns, fresh], dim=1)
             elites, weights, spread = self._select(u, returns)
             mean = (weights[..., None, None] * elites).sum(1)
             variance = (weights[..., None, None] * (elites - mean.unsqueeze(1)).square()).sum(1)
             std = variance.sqrt().clamp(cfg.min_std, 1.0)
 
-        plan_return = self._evaluate(z, nominal, sigma, e, task, mean.unsqueeze(1)).squeeze(1)
+        _, plan_return = self._imagine(start, mean.unsqueeze(1), nominal)
         return Plan(
             mean=mu + sigma * mean[:, 0],
-            gain=(plan_return - nominal_return) / spread,
+            gain=(plan_return.squeeze(1) - nominal_return) / spread,
             elites=mu.unsqueeze(1) + sigma.unsqueeze(1) * elites[:, :, 0],
             elite_weights=weights,
             elite_std=sigma * std[:, 0],
@@ -125,72 +142,40 @@ class MPPIPlanner:
         noise = torch.stack([half, -half], dim=2).flatten(1, 2)[:, :num_samples]
         return noise if action_mask is None else noise * action_mask[:, None, None]
 
-    def _follow_prior(
-        self,
-        z: torch.Tensor,
-        mu: torch.Tensor,
-        sigma: torch.Tensor,
-        e: torch.Tensor,
-        task: torch.Tensor,
-        action_mask: torch.Tensor | None,
-        noise: torch.Tensor | None = None,
+    def _imagine(
+        self, start: _Start, u: torch.Tensor, nominal: torch.Tensor | None = None, num_closed: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Roll the prior out closed-loop: actions (..., H, A) and return (...,). Step 0 is the executed policy's."""
+        """Roll candidates out in the model and add up their predicted return (2).
+
+        Args:
+            start: Where the candidates start.
+            u: Perturbations, shape (n, S, H, A).
+            nominal: Actions that are perturbed, shape (n, H, A). ``None``: those of candidate 0.
+            num_closed: Candidates, from the first, whose own imagined states the prior answers; without ``nominal``.
+
+        Returns:
+            Actions (n, S, H, A) and returns (n, S) in units of the task's reward scale.
+        """
+        samples = u.shape[1]
+        mu, sigma = start.mu.unsqueeze(1), start.sigma.unsqueeze(1)
+        z, e = (x.unsqueeze(1).expand(-1, samples, -1) for x in (start.z, start.e))
+        task = start.task.unsqueeze(1).expand(-1, samples)
         actions, total, alive, discount = [], 0.0, 1.0, 1.0
         for k in range(self.cfg.horizon):
-            action = mu if k == 0 else self.model.prior(z, e)
-            if action_mask is not None:
-                action = action * action_mask
-            if noise is not None:
-                action = action + sigma * noise[..., k, :]
-            actions.append(action)
-            z, reward, survives = self.model.step(z, action, e, task)
+            if nominal is not None:
+                centre = nominal[:, None, k]
+            elif k == 0:
+                centre = mu  # the executed policy's own mean, not the latent prior's
+            else:
+                own = self.model.prior(z[:, :num_closed], e[:, :num_closed])
+                if start.action_mask is not None:
+                    own = own * start.action_mask.unsqueeze(1)
+                centre = torch.cat([own, own[:, :1].expand(-1, samples - num_closed, -1)], dim=1)
+            actions.append(centre + sigma * u[:, :, k])
+            z, reward, survives = self.model.step(z, actions[-1], e, task)
             total = total + discount * alive * reward
             alive, discount = alive * survives, discount * self.gamma
-        total = total + discount * alive * self.model.value(z, e)
-        return torch.stack(actions, dim=-2), total
-
-    def _explore_prior(
-        self,
-        z: torch.Tensor,
-        mu: torch.Tensor,
-        sigma: torch.Tensor,
-        e: torch.Tensor,
-        task: torch.Tensor,
-        noise: torch.Tensor,
-        nominal: torch.Tensor,
-        action_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noisy closed-loop trajectories of the prior, as perturbations (n, P, H, A) of the nominal, and returns."""
-        samples = noise.shape[1]
-        rows = [_repeat(t, samples) for t in (z, mu, sigma, e, task)]
-        mask = None if action_mask is None else _repeat(action_mask, samples)
-        bounded = noise.clamp(-self.cfg.max_noise, self.cfg.max_noise).flatten(0, 1)
-        actions, returns = self._follow_prior(*rows, mask, bounded)
-        offset = actions.unflatten(0, (-1, samples)) - nominal.unsqueeze(1)
-        u = offset / sigma.clamp_min(1e-6)[:, None, None]
-        return u.clamp(-self.cfg.max_noise, self.cfg.max_noise), returns.view(-1, samples)
-
-    def _evaluate(
-        self,
-        z: torch.Tensor,
-        nominal: torch.Tensor,
-        sigma: torch.Tensor,
-        e: torch.Tensor,
-        task: torch.Tensor,
-        u: torch.Tensor,
-    ) -> torch.Tensor:
-        """Predicted return (2) of open-loop candidates. Perturbations (n, S, H, A) -> returns (n, S)."""
-        samples = u.shape[1]
-        actions = (nominal.unsqueeze(1) + sigma[:, None, None] * u).flatten(0, 1)
-        z, e, task = (_repeat(t, samples) for t in (z, e, task))
-        total, alive, discount = 0.0, 1.0, 1.0
-        for k in range(self.cfg.horizon):
-            z, reward, survives = self.model.step(z, actions[:, k], e, task)
-            total = total + discount * alive * reward
-            alive, discount = alive * survives, discount * self.gamma
-        total = total + discount * alive * self.model.value(z, e)
-        return total.view(-1, samples)
+        return torch.stack(actions, dim=2), total + discount * alive * self.model.value(z, e)
 
     def _select(self, u: torch.Tensor, returns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Elites (n, E, H, A), their softmax weights (n, E), and the deviation of all returns (n,)."""
@@ -199,8 +184,3 @@ class MPPIPlanner:
         weights = torch.softmax(self.cfg.temperature * score, dim=1)
         elites = u.gather(1, index[..., None, None].expand(-1, -1, *u.shape[2:]))
         return elites, weights, spread
-
-
-def _repeat(x: torch.Tensor, samples: int) -> torch.Tensor:
-    """Repeat every row ``samples`` times, candidates of one environment next to each other."""
-    return x.repeat_interleave(samples, dim=0)
