@@ -31,6 +31,9 @@ COLUMNS = (
 TASKS = {"Isaac-Cartpole-v0": 600_000, "Isaac-Ant-v0": 1_000_000}
 """Task -> environment steps of a run, with 512 environments."""
 
+ABLATION_DIVISOR = {"Isaac-Cartpole-v0": 1, "Isaac-Ant-v0": 2}
+"""An ablation on Ant runs for half of the steps; compare it with the same part of the main arm."""
+
 SHARED = {
     "Isaac-Ant-v0": [
         "agent.num_steps_per_env=16",
@@ -65,7 +68,8 @@ def run(task: str, arm: str, seed: int, episodes: int) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     steps = 32 if (arm, task) == ("ppo-shipped", "Isaac-Ant-v0") else 16
-    iterations = round(TASKS[task] / (512 * steps))
+    total = TASKS[task] // (1 if arm in SUITES["main"] else ABLATION_DIVISOR[task])
+    iterations = round(total / (512 * steps))
     options = ["--num_envs", "512", "--seed", str(seed), "--max_iterations", str(iterations), "--device", "cpu"]
     overrides = SHARED[task] if arm == "ppo-tuned" else ARMS[arm][2:]
     command = ["scripts/train.py", "--task", task, *ARMS[arm][:2], *options, "--eval_interval", "0", *overrides]

@@ -26,8 +26,8 @@ def load(data: Path) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
     return runs
 
 
-def summarise(record: dict[str, Any]) -> dict[str, float]:
-    """Figures of one run.
+def summarise(record: dict[str, Any], half: float) -> dict[str, float]:
+    """Figures of one run; ``area_half`` covers the first ``half`` environment steps.
 
     ``area`` is the mean training reward per step over all environment steps (the area under the learning curve divided
     by its width): it has no lag, unlike the mean of finished episodes.
@@ -35,6 +35,7 @@ def summarise(record: dict[str, Any]) -> dict[str, float]:
     curve = record["curve"]
     summary = {
         "area": float(curve["mean_step_reward"].mean()),
+        "area_half": float(curve["mean_step_reward"][curve["env_steps"] <= half].mean()),
         "last": float(curve["mean_step_reward"][-5:].mean()),
         "mean_return": float(curve["mean_return"][-1]),
         "ms_per_step": float(1000 * np.median(np.diff(curve["seconds"], prepend=0.0)) / (curve["env_steps"][0] / 512)),
@@ -51,17 +52,18 @@ def write_report(data: Path) -> str:
     summary: dict[str, Any] = {}
     lines = []
     for task, arms in runs.items():
-        lines += [f"\n{task}", f"{'arm':24}{'seeds':>6}{'area':>10}{'last':>10}{'return':>9}"]
+        lines += [f"\n{task}", f"{'arm':24}{'seeds':>6}{'area':>10}{'half':>10}{'last':>10}{'return':>9}"]
         lines[-1] += f"{'prior':>9}{'planner':>9}{'ms/step':>9}{'seconds':>9}{'area by seed':>34}"
+        longest = max(r["curve"]["env_steps"][-1] for a in arms.values() for r in a.values() if not r.get("crashed"))
         for arm, seeds in arms.items():
-            good = {s: summarise(r) for s, r in seeds.items() if not r.get("crashed")}
+            good = {s: summarise(r, longest / 2) for s, r in seeds.items() if not r.get("crashed")}
             summary.setdefault(task, {})[arm] = {str(s): v for s, v in good.items()}
             if not good:
                 lines.append(f"{arm:24} crashed")
                 continue
-            names = ("area", "last", "mean_return", "eval_prior", "eval_planner", "ms_per_step", "seconds")
+            names = ("area", "area_half", "last", "mean_return", "eval_prior", "eval_planner", "ms_per_step", "seconds")
             mean = {k: np.mean([v.get(k, np.nan) for v in good.values()]) for k in names}
-            text = f"{arm:24}{len(good):>6}{mean['area']:>10.4f}{mean['last']:>10.4f}{mean['mean_return']:>9.2f}"
+            text = f"{arm:24}{len(good):>6}{mean['area']:>10.4f}{mean['area_half']:>10.4f}{mean['last']:>10.4f}{mean['mean_return']:>9.2f}"
             text += f"{mean['eval_prior']:>9.2f}{mean['eval_planner']:>9.2f}{mean['ms_per_step']:>9.1f}"
             text += f"{mean['seconds']:>9.0f}" + "".join(f"{v['area']:>11.4f}" for v in good.values())
             crashed = len(seeds) - len(good)

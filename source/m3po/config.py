@@ -330,14 +330,7 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
                 size="micro", task_embedding_dim=8, steps_per_iteration=12, batch_size=256, learning_rate=2e-3
             ),
             planner=PlannerCfg(
-                horizon=8,
-                num_samples=4,
-                num_prior_samples=0,
-                num_iterations=1,
-                num_elites=4,
-                share=0.5,
-                min_skill=0.5,
-                min_reward_ev=0.5,
+                horizon=8, num_samples=4, num_prior_samples=0, num_iterations=1, num_elites=4, share=0.5
             ),
         )
     if device.startswith("cpu"):
