@@ -63,8 +63,9 @@ def write_report(data: Path) -> str:
                 continue
             names = ("area", "area_half", "last", "mean_return", "eval_prior", "eval_planner", "ms_per_step", "seconds")
             mean = {k: np.mean([v.get(k, np.nan) for v in good.values()]) for k in names}
-            text = f"{arm:24}{len(good):>6}{mean['area']:>10.4f}{mean['area_half']:>10.4f}{mean['last']:>10.4f}{mean['mean_return']:>9.2f}"
-            text += f"{mean['eval_prior']:>9.2f}{mean['eval_planner']:>9.2f}{mean['ms_per_step']:>9.1f}"
+            text = f"{arm:24}{len(good):>6}{mean['area']:>10.4f}{mean['area_half']:>10.4f}{mean['last']:>10.4f}"
+            text += f"{mean['mean_return']:>9.2f}{mean['eval_prior']:>9.2f}{mean['eval_planner']:>9.2f}"
+            text += f"{mean['ms_per_step']:>9.1f}"
             text += f"{mean['seconds']:>9.0f}" + "".join(f"{v['area']:>11.4f}" for v in good.values())
             crashed = len(seeds) - len(good)
             lines.append(text + (f"  ({crashed} crashed)" if crashed else ""))

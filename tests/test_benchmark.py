@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import benchmark_learning  # noqa: E402
-from benchmark_report import write_report  # noqa: E402
+import benchmark_learning
+from benchmark_report import write_report
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The algorithm as a whole on a fast environment: behaviour density, stock runner, checkpoints, determinism, learning."""
+"""The algorithm as a whole on a fast environment."""
 
 import copy
 import csv
@@ -209,7 +209,7 @@ def test_bad_configurations_are_refused_with_what_is_allowed(values, message):
 
 
 def test_unknown_fields_are_listed():
-    with pytest.raises(ValueError, match="no field horizn. It has: horizon"):
+    with pytest.raises(ValueError, match=r"no field horizn\. It has: horizon"):
         from_dict(AlgorithmCfg, {"planner": {"horizn": 5}})
 
 

@@ -1,4 +1,4 @@
-"""A fast, deterministic environment in plain torch: a point is pushed to the origin, falls off the edge, or times out."""
+"""A fast, deterministic environment in plain torch: a point to be pushed to the origin, with falls and time-outs."""
 
 from __future__ import annotations
 

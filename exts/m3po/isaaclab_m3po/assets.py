@@ -107,8 +107,8 @@ def prepare_for_stock_command() -> AssetChoice | None:
     Called when Isaac Lab loads the ``isaaclab.tasks`` entry points: before the command imports any task.
 
     Returns:
-        What was chosen, by ``auto`` without ``--assets``. None where there is nothing to choose: an earlier :func:`prepare_assets`
-        stands, the command line names no task, or Isaac Lab has already read its root.
+        What was chosen, by ``auto`` without ``--assets``. None where there is nothing to choose: an earlier
+        :func:`prepare_assets` stands, the command line names no task, or Isaac Lab has already read its root.
     """
     task = _option("--task", sys.argv[1:])
     if _chosen is not None or task is None or _isaaclab_has_read_the_root():
