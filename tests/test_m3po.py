@@ -15,6 +15,7 @@ from m3po.config import AlgorithmCfg, from_dict, paper_preset, validate
 from m3po.errors import CheckpointError, UserError
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
+from m3po.runners.episode_statistics import EpisodeStatistics
 
 OPEN = {"min_skill": None, "min_reward_ev": None}
 
@@ -264,3 +265,20 @@ def test_two_tasks_have_rows_and_scales_of_their_own():
     scale = algorithm.model.rewards.scale(torch.arange(2))
     assert scale[1] > 20 * scale[0]
     assert algorithm.model.task_embedding.shape[0] == 2
+
+
+def test_success_is_the_tasks_rate_and_stale_logs_count_once():
+    statistics = EpisodeStatistics(2, "cpu")
+    log = {"Metrics/success_rate": torch.tensor(0.75), "Episode_Reward/success_rate": 0.1}
+    done = torch.tensor([1, 0])
+    statistics.add(torch.tensor([1.0, 2.0]), 0 * done, {})
+    statistics.add(torch.tensor([1.0, 2.0]), done, {"log": log})
+    # Isaac Lab hands the same dictionary out again until the next reset.
+    statistics.add(torch.tensor([5.0, 2.0]), 0 * done, {"log": log})
+    statistics.add(torch.tensor([5.0, 2.0]), done, {"log": {"Metrics/success_rate": 0.25}})
+    result = statistics.read()
+    assert result["success"] == 0.5
+    assert result["mean_return"] == (2.0 + 10.0) / 2
+    assert result["mean_length"] == 2.0
+    assert result["episodes"] == 2
+    assert result["mean_step_reward"] == 20.0 / 8

@@ -151,7 +151,7 @@ class _Tally:
         The log is the simulator's own dictionary and stays until the next reset: it says something only where ``done``.
         """
         if self._success_key is None:
-            self._success_key = next((key for key in log if _is_success_rate(key)), None)
+            self._success_key = next((key for key in log if is_success_rate(key)), None)
         value = torch.as_tensor(log.get(self._success_key, torch.nan), dtype=torch.float32, device=done.device).mean()
         time_out_share = (time_outs & done).sum() / done.sum()
         self._is_survival &= ~done.any() | torch.isclose(value, time_out_share)
@@ -181,7 +181,7 @@ class _Tally:
         }
 
 
-def _is_success_rate(key: str) -> bool:
+def is_success_rate(key: str) -> bool:
     """Tell a task's success metric (``Metrics/success_rate``, ``Metrics/lift_success_rate``) from reward terms."""
     return key.startswith("Metrics/") and key.endswith("success_rate")
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from m3po.evaluation import is_success_rate
+
 
 class EpisodeStatistics:
     """Episode bookkeeping of N environments without a host synchronisation per step."""
@@ -57,7 +59,7 @@ class EpisodeStatistics:
         for key, series in values.items():
             name = key if "/" in key else f"Episode/{key}"
             result[name] = sum(series) / len(series)
-            if "success" in key.lower():
+            if is_success_rate(key):
                 result["success"] = result[name]
         self._steps.clear()
         self._rewards.clear()
