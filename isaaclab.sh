@@ -84,7 +84,7 @@ bootstrap() {
         fi
         echo incomplete >"$state"
         step "installing the locked packages" \
-            uv pip sync --python "$venv/bin/python" --require-hashes requirements.txt
+            uv pip sync --compile-bytecode --python "$venv/bin/python" --require-hashes requirements.txt
         step "installing m3po" \
             uv pip install --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
     else

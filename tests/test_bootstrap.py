@@ -132,7 +132,7 @@ def test_first_call_installs_the_lock_and_the_second_is_fast(machine: Machine) -
     venv = machine.project / ".venv"
     calls = machine.calls()
     assert calls[0] == f"uv venv --quiet --python 3.12 {venv}"
-    assert calls[1] == f"uv pip sync --python {venv}/bin/python --require-hashes requirements.txt"
+    assert calls[1] == f"uv pip sync --compile-bytecode --python {venv}/bin/python --require-hashes requirements.txt"
     assert calls[2] == f"uv pip install --python {venv}/bin/python --no-deps --no-build-isolation --editable ."
     assert "assets.build_cache()" in calls[3]
     assert "installing the locked packages took" in first.stderr
