@@ -226,7 +226,7 @@ def test_the_planner_took_part_in_the_compared_runs(runs):
 @pytest.mark.sim
 def test_launcher_prints_what_it_chose(runs):
     m3po, ppo = runs["m3po, our script"].result.stdout, runs["ppo, our backend"].result.stdout
-    preset = default_preset("cpu")
+    preset = default_preset("cpu", policy_width=32)  # Cartpole's policy
     sizes = f"(model {preset.world_model.size}, {preset.planner.num_samples} samples x "
     assert f"[m3po] preset: default, cpu {sizes}" in m3po
     for stdout in (m3po, ppo):
@@ -276,6 +276,8 @@ def test_training_continues_from_latest_and_saves_when_interrupted(runs):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # where the tests run in the background of a shell, it has made them ignore Ctrl-C, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         lines = []
         for line in process.stdout:
