@@ -190,6 +190,12 @@ def test_bad_checkpoints_are_refused_and_nothing_is_loaded(tmp_path):
         run.load(str(tmp_path / "list.pt"))
 
 
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="single process"):
+        M3PORunner(PointEnv(16), runner_cfg(), device="cpu")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

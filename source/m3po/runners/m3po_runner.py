@@ -15,6 +15,7 @@ from rsl_rl.utils import check_nan
 from tensordict import TensorDict
 
 from m3po.algorithms import M3PO
+from m3po.errors import UserError
 from m3po.runners.checkpoint import FORMAT, check_compatible, check_shapes, read_checkpoint, write_checkpoint
 from m3po.runners.episode_statistics import EpisodeStatistics
 from m3po.runners.reporting import Reporter, console_block
@@ -148,6 +149,12 @@ class M3PORunner(OnPolicyRunner):
             "learning_rate": self.alg.learning_rate,
             "action_std": self.alg.get_policy().output_std.mean().item(),
         }
+
+    def _configure_multi_gpu(self) -> None:
+        """Refuse several processes: neither loop synchronises parameters, and PPO's ranks would drift apart unseen."""
+        if int(os.getenv("WORLD_SIZE", "1")) > 1:
+            raise UserError("training in several processes is not supported yet; run a single process.")
+        super()._configure_multi_gpu()
 
     # -- checkpoints and evaluation -----------------------------------------------------------------------------------
 
