@@ -91,7 +91,7 @@ def replay(rollouts: list[dict[str, torch.Tensor]], cfg: WorldModelCfg, seed: in
         model.obs_normalizer.update(rollout["obs"].flatten(0, 1), task)
         model.rewards.update(rollout["rewards"].flatten(), rollout["terminated"].flatten(), task)
         start = time.process_time()
-        learner.train(ring)
+        learner.train(ring, 0)
         seconds += time.process_time() - start
     return {"cpu_seconds_per_iteration": seconds / len(rollouts), "history": history}
 

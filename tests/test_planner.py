@@ -8,9 +8,10 @@ from torch.distributions import Normal, kl_divergence
 
 from m3po.config import PlannerCfg, WorldModelCfg
 from m3po.models import WorldModel
-from m3po.planning import MPPIPlanner
-from m3po.planning.noise import philox4x32, planner_noise
-from m3po.planning.trust_region import draw_elite, gaussian_log_prob, project
+from m3po.kernels.elites import project_torch
+from m3po.kernels.sampling import philox4x32, planner_noise
+from m3po.planning.trust_region import draw_elite, gaussian_log_prob
+from literal import fast_planner, literal_planner
 
 
 class LinearModel:
@@ -41,7 +42,7 @@ def run(model, cfg=CFG, n=6, dim=2, ids=None, mask=None, seed=0):
     z = torch.randn(8, dim, generator=generator)
     ids = torch.arange(n) if ids is None else ids
     z, mu, sigma = z[ids], torch.zeros(len(ids), dim), torch.ones(len(ids), dim)
-    plan = MPPIPlanner(model, cfg, 1.0, seed).plan(z, mu, sigma, torch.zeros_like(ids), ids, 7, mask)
+    plan = literal_planner(model, cfg, 1.0, seed).plan(z, mu, sigma, torch.zeros_like(ids), ids, 7, mask)
     return z, mu, sigma, plan
 
 
@@ -63,16 +64,22 @@ def test_philox_known_answers(counter, key, expected):
     assert tuple(w.item() for w in words) == expected
 
 
+def noise_of(seed, step, ids, iteration=0):
+    pairs = planner_noise(torch.tensor([seed, step, iteration]), ids, (64, 3, 5))
+    assert torch.equal(pairs[:, 1::2], -pairs[:, ::2])  # antithetic
+    return pairs[:, ::2]
+
+
 def test_noise_is_standard_normal_and_independent_of_the_batch():
     ids = torch.arange(64)
-    noise = planner_noise(5, 9, ids, 0, (32, 3, 5))
+    noise = noise_of(5, 9, ids)
     assert noise.shape == (64, 32, 3, 5)
     assert abs(noise.mean()) < 0.01
     assert abs(noise.std() - 1.0) < 0.01
     assert abs((noise**4).mean() - 3.0) < 0.1
-    alone = planner_noise(5, 9, ids[17:18], 0, (32, 3, 5))
+    alone = noise_of(5, 9, ids[17:18])
     assert torch.equal(alone[0], noise[17])
-    for other in (planner_noise(6, 9, ids, 0, (32, 3, 5)), planner_noise(5, 10, ids, 0, (32, 3, 5))):
+    for other in (noise_of(6, 9, ids), noise_of(5, 10, ids), noise_of(5, 9, ids, iteration=1)):
         assert abs((other * noise).mean()) < 0.01
 
 
@@ -87,7 +94,7 @@ def test_planner_finds_the_optimum_of_a_linear_quadratic_problem():
 def test_zero_iterations_are_the_prior_bit_for_bit():
     _, mu, sigma, plan = run(LinearModel(), replace(CFG, num_iterations=0))
     assert torch.equal(plan.mean, mu)
-    assert torch.equal(project(mu, sigma, plan.mean, 0.3), mu)
+    assert torch.equal(plan.projected, mu)
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
@@ -104,12 +111,12 @@ def test_a_plan_does_not_depend_on_the_batch():
     cfg = PlannerCfg(horizon=3, num_samples=16, num_prior_samples=4, num_iterations=2, num_elites=4)
     z = torch.softmax(torch.randn(5, 8, 8), -1).flatten(1)
     mu, sigma, task, ids = torch.randn(5, 2), torch.ones(5, 2), torch.zeros(5, dtype=torch.long), torch.arange(5)
-    planner = MPPIPlanner(model, cfg, 0.99, 0)
-    together = planner.plan(z, mu, sigma, task, ids, 0)
-    alone = planner.plan(z[3:4], mu[3:4], sigma[3:4], task[3:4], ids[3:4], 0)
-    torch.testing.assert_close(alone.mean, together.mean[3:4], atol=1e-5, rtol=1e-5)
-    other_step = planner.plan(z, mu, sigma, task, ids, 1)
-    assert not torch.allclose(other_step.mean, together.mean)
+    planner = fast_planner(model, cfg, 0.99, 0)
+    together = planner.plan(z, mu, sigma, task, ids, 0).mean.clone()
+    alone = planner.plan(z[3:4], mu[3:4], sigma[3:4], task[3:4], ids[3:4], 0).mean
+    torch.testing.assert_close(alone, together[3:4], atol=1e-5, rtol=1e-5)
+    other_step = planner.plan(z, mu, sigma, task, ids, 1).mean
+    assert not torch.allclose(other_step, together)
 
 
 def test_masked_dimensions_stay_zero_and_influence_nothing():
@@ -129,7 +136,7 @@ def test_masked_dimensions_stay_zero_and_influence_nothing():
     for junk in (0.0, 5.0):
         mu = torch.zeros(3, 4)
         mu[:, 2:] = junk
-        plans.append(MPPIPlanner(Padded(), cfg, 1.0, 0).plan(z, mu, torch.ones(3, 4), task, ids, 0, mask))
+        plans.append(literal_planner(Padded(), cfg, 1.0, 0).plan(z, mu, torch.ones(3, 4), task, ids, 0, mask))
     for plan in plans:
         assert (plan.mean[:, 2:] == 0).all()
     assert torch.equal(plans[0].mean, plans[1].mean)
@@ -139,7 +146,8 @@ def test_masked_dimensions_stay_zero_and_influence_nothing():
 def test_projection_respects_the_trust_region(max_kl):
     torch.manual_seed(0)
     mu, sigma, plan = torch.randn(50, 3), torch.rand(50, 3) + 0.1, torch.randn(50, 3) * 2
-    m = project(mu, sigma, plan, max_kl)
+    m = torch.empty_like(mu)
+    project_torch(m, mu, sigma, (plan - mu) / sigma, max_kl)
     kl = kl_divergence(Normal(m, sigma), Normal(mu, sigma)).sum(-1)
     assert (kl <= max_kl * (1 + 1e-5)).all()
     # Inside the region the plan is untouched; the direction always is the plan's.
@@ -159,9 +167,9 @@ def test_density_of_a_drawn_elite_against_monte_carlo():
     _, _, _, plan = run(LinearModel(), replace(CFG, num_elites=3, num_iterations=1, num_samples=16), n=1, dim=1)
     plan = replace(
         plan,
-        elites=plan.elites.expand(n, -1, -1),
-        elite_weights=plan.elite_weights.expand(n, -1),
-        elite_std=plan.elite_std.expand(n, -1),
+        candidates=plan.candidates.expand(n, -1, -1),
+        weights=plan.weights.expand(n, -1),
+        std=plan.std.expand(n, -1),
     )
     action, log_beta = draw_elite(plan, torch.Generator().manual_seed(0))
     edges = torch.linspace(action.min().item(), action.max().item(), 41)

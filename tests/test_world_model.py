@@ -103,7 +103,7 @@ def test_training_beats_no_change_and_explains_reward_and_falls():
             return sequences(batch_size, horizon, seed=Ring.calls)
 
     for _ in range(10):
-        learner.train(Ring())
+        learner.train(Ring(), 0)
     quality = learner.measure(sequences(1000, seed=1))
     assert quality["skill_1"] > 0.5
     assert quality["skill_H"] > 0.5

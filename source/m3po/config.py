@@ -7,6 +7,7 @@ Each field is one settlement of the algorithm (see ``docs/algorithm.md``), so th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,12 @@ class WorldModelCfg:
 
     steps_per_iteration: int = 32
     """Gradient steps after each rollout."""
+
+    extra_steps: int = 0
+    """More gradient steps after the first rollout; they fall linearly to none over :attr:`extra_iterations`."""
+
+    extra_iterations: int = 10
+    """Iterations that take extra steps, so that planning starts while the policy still learns most."""
 
     batch_size: int = 1024
     """Sub-sequences per gradient step."""
@@ -131,6 +138,27 @@ class PlannerCfg:
 
     execution: str = "projected"
     """``projected``: ``a = m + sigma * xi`` on the trust region; ``mppi``: an elite drawn by its weight, plus noise."""
+
+    stages: tuple = ()
+    """Budget as a schedule: pairs ``(progress, {field: value})``. From that share of the training iterations on, the
+    fields (``share``, ``num_samples``, ``num_prior_samples``, ``num_iterations``, ``num_elites``, ``horizon``) have
+    those values, on top of earlier stages."""
+
+    kernels: str = "torch"
+    """Sampling and elite update: ``torch``, or ``warp`` kernels (on CUDA one launch each, on a CPU for testing)."""
+
+    epilogues: str = "eager"
+    """LayerNorm, Mish, SimNorm and two-hot sums of imagination: ``eager`` torch, ``compiled`` by inductor (on a CPU it
+    needs a C++ compiler), or fused ``triton`` kernels (CUDA)."""
+
+    precision: str = "float32"
+    """Matrices and activations of imagination: ``float32``, or ``bfloat16`` with float32 sums and normalisations."""
+
+    chunk_rows: int = 0
+    """Candidates imagined together. 0: what the device's cache holds."""
+
+    cuda_graph: bool = False
+    """Capture the whole plan as one CUDA graph."""
 
     min_skill: float | None = 0.2
     """The planner is off while the model's one-step skill over "no change" is below this. ``None``: no gate."""
@@ -238,13 +266,27 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     return cls(**values)
 
 
-def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int) -> None:
+STAGE_FIELDS = ("share", "num_samples", "num_prior_samples", "num_iterations", "num_elites", "horizon")
+"""Fields of :class:`PlannerCfg` that :attr:`PlannerCfg.stages` may change."""
+
+
+def planner_at(cfg: PlannerCfg, progress: float) -> PlannerCfg:
+    """The planner's configuration after a share ``progress`` in [0, 1] of the training iterations."""
+    values: dict[str, Any] = {}
+    for begin, changes in cfg.stages:
+        if progress >= begin:
+            values |= changes
+    return dataclasses.replace(cfg, **values)
+
+
+def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cpu") -> None:
     """Check a configuration against the rollout it will run on, before any simulation starts.
 
     Args:
         cfg: The algorithm's configuration.
         num_envs: Environments N.
         num_steps: Steps per rollout T.
+        device: Torch device name that it will run on.
 
     Raises:
         ValueError: Names the field, its value and what is allowed.
@@ -268,6 +310,9 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int) -> None:
         ("world_model.dynamics", wm.dynamics, ("residual", "plain")),
         ("world_model.value_target", wm.value_target, ("critic", "returns")),
         ("planner.execution", planner.execution, ("projected", "mppi")),
+        ("planner.kernels", planner.kernels, ("torch", "warp")),
+        ("planner.epilogues", planner.epilogues, ("eager", "compiled", "triton")),
+        ("planner.precision", planner.precision, ("float32", "bfloat16")),
         ("bonus.centering", bonus.centering, ("mean", "robust")),
         ("ratio", cfg.ratio, ("decoupled", "prior")),
         ("advantage", cfg.advantage, ("gae", "vtrace")),
@@ -275,20 +320,21 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int) -> None:
     )
     for name, value, allowed in choices:
         require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got '{value}'.")
+    if not device.startswith("cuda"):
+        for name, wrong in (("epilogues=triton", planner.epilogues == "triton"), ("cuda_graph", planner.cuda_graph)):
+            require(not wrong, f"planner.{name} needs a CUDA device, but the run is on {device}.")
     at_least_one = (
-        ("planner.horizon", planner.horizon),
-        ("planner.num_samples", planner.num_samples),
-        ("planner.num_elites", planner.num_elites),
         ("world_model.horizon", wm.horizon),
         ("world_model.batch_size", wm.batch_size),
+        ("world_model.extra_iterations", wm.extra_iterations),
     )
     for name, value in at_least_one:
         require(value >= 1, f"{name} must be at least 1, got {value}.")
     at_least_zero = (
-        ("planner.num_iterations", planner.num_iterations),
-        ("planner.num_prior_samples", planner.num_prior_samples),
+        ("planner.chunk_rows", planner.chunk_rows),
         ("planner.max_kl", planner.max_kl),
         ("world_model.steps_per_iteration", wm.steps_per_iteration),
+        ("world_model.extra_steps", wm.extra_steps),
         ("world_model.ring_transitions", wm.ring_transitions),
         ("distill_coef", cfg.distill_coef),
         ("critic_min_learning_rate", cfg.critic_min_learning_rate),
@@ -297,21 +343,39 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int) -> None:
     )
     for name, value in at_least_zero:
         require(value >= 0, f"{name} must not be negative, got {value}.")
-    require(0.0 <= planner.share <= 1.0, f"planner.share must lie in [0, 1], got {planner.share}.")
-    require(
-        planner.num_elites <= planner.num_samples,
-        f"planner.num_elites ({planner.num_elites}) exceeds planner.num_samples ({planner.num_samples}).",
-    )
-    require(
-        planner.num_prior_samples <= planner.num_samples,
-        f"planner.num_prior_samples ({planner.num_prior_samples}) exceeds planner.num_samples ({planner.num_samples}).",
-    )
+    _validate_budget(planner, require)
+    for stage in planner.stages:
+        ok = isinstance(stage, (list, tuple)) and len(stage) == 2 and isinstance(stage[1], Mapping)
+        require(ok, f"planner.stages must hold pairs (progress, {{field: value}}), got {stage!r}.")
+        begin, changes = stage
+        ok = isinstance(begin, (int, float)) and 0.0 <= begin <= 1.0
+        require(ok, f"planner.stages: a stage begins at a progress in [0, 1], got {begin!r}.")
+        unknown = sorted(set(changes) - set(STAGE_FIELDS))
+        require(not unknown, f"planner.stages cannot change {', '.join(unknown)}; only {', '.join(STAGE_FIELDS)}.")
+        _validate_budget(planner_at(planner, begin), require)
     require(
         wm.horizon <= num_steps,
         f"world_model.horizon ({wm.horizon}) exceeds the {num_steps} steps of a rollout (num_steps_per_env).",
     )
     for name, value in (("gamma", cfg.gamma), ("lam", cfg.lam)):
         require(0.0 <= value <= 1.0, f"{name} must lie in [0, 1], got {value}.")
+
+
+def _validate_budget(planner: PlannerCfg, require: Callable[[bool, str], None]) -> None:
+    """Check the fields that a stage may change."""
+    for name in ("horizon", "num_samples", "num_elites"):
+        value = getattr(planner, name)
+        require(value >= 1, f"planner.{name} must be at least 1, got {value}.")
+    for name in ("num_iterations", "num_prior_samples"):
+        value = getattr(planner, name)
+        require(value >= 0, f"planner.{name} must not be negative, got {value}.")
+    require(0.0 <= planner.share <= 1.0, f"planner.share must lie in [0, 1], got {planner.share}.")
+    for name in ("num_elites", "num_prior_samples"):
+        value = getattr(planner, name)
+        require(
+            value <= planner.num_samples,
+            f"planner.{name} ({value}) exceeds planner.num_samples ({planner.num_samples}).",
+        )
 
 
 def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:

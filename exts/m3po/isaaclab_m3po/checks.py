@@ -67,20 +67,18 @@ def check_agent(agent_cfg: Any, algo: str, entry: str) -> Any:
     return handle_deprecated_rsl_rl_cfg(agent_cfg, importlib.metadata.version("rsl-rl-lib"))
 
 
-def check_sizes(agent_cfg: Any, algo: str, num_envs: int) -> None:
+def check_sizes(agent_cfg: Any, algo: str, num_envs: int, device: str) -> None:
     """Check the rollout and mini-batch sizes of both algorithms, and all fields of M3PO's configuration."""
-    from m3po.config import AlgorithmCfg, WorldModelCfg, validate
+    from m3po.algorithms.construction import check_cfg
+    from m3po.config import AlgorithmCfg, PlannerCfg, WorldModelCfg
 
     from . import agents
 
     if algo == "m3po":
         cfg = agents.algorithm_cfg(agent_cfg)
     else:
-        ppo, no_model = agent_cfg.algorithm, WorldModelCfg(horizon=1)
-        cfg = AlgorithmCfg(ppo.num_learning_epochs, ppo.num_mini_batches, world_model=no_model)
-    try:
-        validate(cfg, num_envs, agent_cfg.num_steps_per_env)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        ppo, no_model, no_plan = agent_cfg.algorithm, WorldModelCfg(size="micro", horizon=1), PlannerCfg(share=0.0)
+        cfg = AlgorithmCfg(ppo.num_learning_epochs, ppo.num_mini_batches, world_model=no_model, planner=no_plan)
+    check_cfg(cfg, num_envs, agent_cfg.num_steps_per_env, device)
     if agent_cfg.max_iterations < 1 or agent_cfg.save_interval < 1:
         raise UserError("max_iterations and save_interval must be at least 1.")

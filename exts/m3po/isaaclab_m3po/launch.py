@@ -236,7 +236,7 @@ def prepare(request: Request, play: bool = False) -> Job:
         raise UserError(f"this run needs Isaac Sim, which is not installed, for: {', '.join(kit_sources)}.")
     if scan.has_ovphysx_physics and importlib.util.find_spec("ovphysx") is None:
         raise UserError("physics=ovphysx needs the package ovphysx, which is not installed.")
-    check_sizes(agent_cfg, args.algo, env_cfg.scene.num_envs)
+    check_sizes(agent_cfg, args.algo, env_cfg.scene.num_envs, device)
     return Job(args, request.overrides, request.assets, task, args.algo, entry, device, env_cfg, agent_cfg)
 
 

@@ -9,10 +9,10 @@ import torch
 from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
-from m3po.config import PlannerCfg
+from m3po.config import PlannerCfg, planner_at
 from m3po.models import WorldModel
-from m3po.planning import MPPIPlanner
-from m3po.planning.trust_region import draw_elite, gaussian_log_prob, project
+from m3po.planning import Imagination, MPPIPlanner
+from m3po.planning.trust_region import draw_elite, gaussian_log_prob
 
 
 @dataclass
@@ -68,15 +68,24 @@ class Behaviour:
             task_ids: Task of each environment, (N,).
             seed: Seed of the planner's noise.
         """
-        self.actor, self.model, self.encode_obs, self.cfg = actor, model, encode_obs, cfg
-        self.task_ids = task_ids
-        self.planner = MPPIPlanner(model, cfg, gamma, seed)
+        self.actor, self.model, self.encode_obs = actor, model, encode_obs
+        self.task_ids, self.seed = task_ids, seed
+        self.imagination = Imagination(model, cfg, gamma)
         self.generator = torch.Generator(device=task_ids.device).manual_seed(seed)
         self.num_envs = task_ids.shape[0]
-        self.num_planned = round(cfg.share * self.num_envs) if cfg.num_iterations > 0 else 0
+        self._schedule = cfg
+        self.set_progress(0.0)
         self.first_planned = 0
         self.step = 0
         self.planner_on = cfg.min_skill is None and cfg.min_reward_ev is None
+
+    def set_progress(self, progress: float) -> None:
+        """Take the planner's budget of this share of the training iterations from its schedule."""
+        cfg = planner_at(self._schedule, progress)
+        if getattr(self, "cfg", None) != cfg:
+            self.cfg = cfg
+            self.planner = MPPIPlanner(self.imagination, cfg, self.seed)
+            self.num_planned = round(cfg.share * self.num_envs) if cfg.num_iterations > 0 else 0
 
     def prior(self, obs: TensorDict) -> Decision:
         """Sample the policy prior in all environments, exactly as rsl_rl's PPO does."""
@@ -95,7 +104,7 @@ class Behaviour:
         z = self.model.encode(self.encode_obs(obs)[ids], task)
         plan = self.planner.plan(z, mu, sigma, task, ids, self.step)
         if self.cfg.execution == "projected":
-            m = self._accept(plan.gain, mu, project(mu, sigma, plan.mean, self.cfg.max_kl))
+            m = self._accept(plan.gain, mu, plan.projected)
             # The prior's own draw is kept, only its mean moves: zero iterations change nothing, bit for bit.
             action = prior.actions[ids] + (m - mu)
             excess = gaussian_log_prob(action, m, sigma) - gaussian_log_prob(action, mu, sigma)
@@ -139,7 +148,7 @@ class Behaviour:
             step += 1
             if self.cfg.execution == "mppi":
                 return plan.mean
-            return self._accept(plan.gain, mu, project(mu, sigma, plan.mean, self.cfg.max_kl))
+            return self._accept(plan.gain, mu, plan.projected)
 
         return act
 

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from m3po.config import AlgorithmCfg, from_dict, validate
 from m3po.errors import UserError
 from m3po.models import WorldModel
+from m3po.planning.memory import check_memory
 
 
 def parse_algorithm_cfg(values: dict[str, Any]) -> AlgorithmCfg:
@@ -23,10 +24,11 @@ def parse_algorithm_cfg(values: dict[str, Any]) -> AlgorithmCfg:
         raise UserError(str(error)) from error
 
 
-def check_cfg(cfg: AlgorithmCfg, num_envs: int, num_steps: int) -> None:
-    """:func:`m3po.config.validate` as a ``UserError``."""
+def check_cfg(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str, action_dim: int = 1) -> None:
+    """:func:`m3po.config.validate`, and that the planner's memory is there, as a ``UserError``."""
     try:
-        validate(cfg, num_envs, num_steps)
+        validate(cfg, num_envs, num_steps, device)
+        check_memory(num_envs, action_dim, cfg.planner, cfg.world_model, device)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -181,12 +181,13 @@ class M3PO:
             self.ring.add(self.storage)
             metrics |= self._measure_model()
             self._update_statistics()
-            losses |= {f"model_{k}": v for k, v in self.model_learner.train(self.ring).items()}
+            losses |= {f"model_{k}": v for k, v in self.model_learner.train(self.ring, self.iteration).items()}
         self.behaviour.gate(metrics["model/skill_1"], metrics["model/reward_ev"])
         self.behaviour.rotate()
         metrics["policy/clipped_share"] = losses.pop("clipped_share")
         self.metrics = metrics
         self.iteration += 1
+        self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         self.storage.clear()
         return losses
 
@@ -327,6 +328,7 @@ class M3PO:
             self.policy_learner.learning_rate, self.iteration = state["learning_rate"], state["iteration"]
             self.behaviour.step, self.behaviour.first_planned = state["planner_step"], state["first_planned"]
             self.behaviour.planner_on = state["planner_on"]
+            self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         return load_cfg.get("iteration", False)
 
     def broadcast_parameters(self) -> None:
@@ -352,7 +354,7 @@ class M3PO:
             raise UserError("M3PO does not average gradients over several processes yet; run a single process.")
         algorithm_cfg = parse_algorithm_cfg(cfg["algorithm"])
         num_steps = cfg["num_steps_per_env"]
-        check_cfg(algorithm_cfg, env.num_envs, num_steps)
+        check_cfg(algorithm_cfg, env.num_envs, num_steps, device, env.num_actions)
         actor, critic, model, model_groups = build_networks(obs, env, cfg, algorithm_cfg, device)
         if hasattr(env.cfg, "compute_final_obs"):
             # Isaac Lab reads this at every step: it makes the observation before a reset available.

@@ -36,11 +36,13 @@ class ModelLearner:
         self.critic = critic
         self.optimizer = torch.optim.Adam(model.parameter_groups(), eps=1e-5, fused=True)
 
-    def train(self, ring: RolloutRing) -> dict[str, float]:
-        """Take the configured number of gradient steps. Returns the mean of each loss term."""
+    def train(self, ring: RolloutRing, iteration: int) -> dict[str, float]:
+        """Take the gradient steps of an iteration, counted from 0. Returns the mean of each loss term."""
         cfg = self.model.cfg
         sums: dict[str, torch.Tensor] = {}
-        for _ in range(cfg.steps_per_iteration):
+        extra = max(0.0, 1.0 - iteration / cfg.extra_iterations)
+        num_steps = cfg.steps_per_iteration + round(cfg.extra_steps * extra)
+        for _ in range(num_steps):
             losses = self.losses(ring.sample(cfg.batch_size, cfg.horizon))
             self.optimizer.zero_grad(set_to_none=True)
             self.total(losses).backward()
@@ -48,7 +50,7 @@ class ModelLearner:
             self.optimizer.step()
             for name, loss in {**losses, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach()
-        return {name: (total / cfg.steps_per_iteration).item() for name, total in sums.items()}
+        return {name: (total / num_steps).item() for name, total in sums.items()}
 
     def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         """Weighted sum of the loss terms."""

@@ -8,62 +8,108 @@ unchanged; zero iterations return the prior's mean bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 
 from m3po.config import PlannerCfg
-from m3po.models import WorldModel
-from m3po.planning.noise import planner_noise
+from m3po.kernels import elites, sampling
+from m3po.planning.capture import CapturedPlan
+from m3po.planning.imagination import Layout, Start, allocate
+
+OPERATIONS = {
+    "torch": (sampling.sample_candidates_torch, elites.update_distribution_torch, elites.project_torch),
+    "warp": (sampling.sample_candidates, elites.update_distribution, elites.project),
+}
+"""Sampling, update of the sampling distribution, and projection: in torch, or as Warp kernels."""
 
 
 @dataclass
 class Plan:
-    """What the planner found for n environments, A action dimensions and E elites."""
+    """What the planner found for n environments, A action dimensions and S candidates.
+
+    The tensors are the planner's own: they hold until its next call.
+    """
 
     mean: torch.Tensor
     """First action of the plan, shape (n, A), action units."""
 
+    projected: torch.Tensor
+    """The same on the trust region around the prior, shape (n, A), action units."""
+
     gain: torch.Tensor
     """Predicted return of the plan minus the prior's, shape (n,), in deviations of the candidates' returns."""
 
-    elites: torch.Tensor
-    """First actions of the final elites, shape (n, E, A), action units."""
+    candidates: torch.Tensor
+    """First actions of the last candidates, shape (n, S, A), action units."""
 
-    elite_weights: torch.Tensor
-    """Softmax weights of the final elites, shape (n, E)."""
+    weights: torch.Tensor
+    """Softmax weights of the elites among them and 0 elsewhere, shape (n, S)."""
 
-    elite_std: torch.Tensor
+    std: torch.Tensor
     """Deviation of the final sampling distribution's first action, shape (n, A), action units."""
 
 
-class _Start(NamedTuple):
-    """Where imagination starts: latents (n, Z), prior mean and deviation (n, A), embeddings (n, E), task ids (n,)."""
+class Rollout(Protocol):
+    """Predicts returns of candidates; see :class:`~m3po.planning.imagination.Imagination`."""
 
-    z: torch.Tensor
-    mu: torch.Tensor
-    sigma: torch.Tensor
-    e: torch.Tensor
-    task: torch.Tensor
-    action_mask: torch.Tensor | None
+    def refresh(self) -> None:
+        """Take over changes of the model."""
+
+    def begin(self, start: Start, samples: int) -> None:
+        """Prepare for a plan."""
+
+    def roll(
+        self,
+        u: torch.Tensor,
+        returns: torch.Tensor,
+        nominal: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
+    ) -> None:
+        """Predict the returns of candidates."""
+
+
+def plan_layout(n: int, action_dim: int, cfg: PlannerCfg) -> Layout:
+    """Buffers of one plan of n environments."""
+    samples, horizon = cfg.num_samples, cfg.horizon
+    sequence = (n, horizon, action_dim)
+    shapes = {
+        "u": (n, 1 + samples, horizon, action_dim),
+        "returns": (n, 1 + samples),
+        "actions": (n, 1 + cfg.num_prior_samples, horizon, action_dim),
+        "prior_u": (n, cfg.num_prior_samples, horizon, action_dim),
+        "prior_returns": (n, cfg.num_prior_samples),
+        "mean": sequence,
+        "std": sequence,
+        "weights": (n, samples),
+        "spread": (n,),
+        "plan_return": (n, 1),
+        "action": (n, action_dim),
+        "projected": (n, action_dim),
+        "action_std": (n, action_dim),
+        "candidates": (n, samples, action_dim),
+        "gain": (n,),
+    }
+    return {name: (shape, torch.float32) for name, shape in shapes.items()} | {
+        "counters": ((max(1, cfg.num_iterations), 3), torch.int64)
+    }
 
 
 class MPPIPlanner:
-    """Model-predictive path integral control in the latent space of a :class:`WorldModel`."""
+    """Model-predictive path integral control in an imagined latent space."""
 
-    def __init__(self, model: WorldModel, cfg: PlannerCfg, gamma: float, seed: int) -> None:
-        """Bind the planner to a model.
+    def __init__(self, imagination: Rollout, cfg: PlannerCfg, seed: int) -> None:
+        """Bind the planner to an imagination.
 
         Args:
-            model: World model.
+            imagination: Predicts the returns of candidates.
             cfg: Budget and sampling distribution.
-            gamma: Discount per step.
             seed: Seed of the counter-based noise.
         """
-        self.model = model
-        self.cfg = cfg
-        self.gamma = gamma
-        self.seed = seed
+        self.imagination, self.cfg, self.seed = imagination, cfg, seed
+        self._sample, self._update, self._project = OPERATIONS[cfg.kernels]
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._graph: CapturedPlan | None = None
 
     @torch.no_grad()
     def plan(
@@ -88,99 +134,82 @@ class MPPIPlanner:
             action_mask: Valid action dimensions, shape (n, A), boolean; masked ones stay exactly 0.
 
         Returns:
-            The plan.
+            The plan, in buffers that the next call overwrites.
         """
-        cfg, n = self.cfg, z.shape[0]
         if action_mask is not None:
             mu, sigma = mu * action_mask, sigma * action_mask
-        if cfg.num_iterations == 0:
-            one = torch.ones(n, 1, device=z.device)
-            return Plan(mu, torch.zeros(n, device=z.device), mu.unsqueeze(1), one, sigma)
+        if self.cfg.num_iterations == 0:
+            n = mu.shape[0]
+            weights = torch.ones(n, 1, device=mu.device)
+            return Plan(mu, mu, torch.zeros(n, device=mu.device), mu.unsqueeze(1), weights, sigma)
+        self._allocate(*mu.shape, mu.device)
+        self._buffers["counters"][:, 1] = step
+        self.imagination.refresh()
+        start = Start(z, mu, sigma, task, env_ids, action_mask)
+        if not self.cfg.cuda_graph:
+            return self._plan(start)
+        if self._graph is None:
+            self._graph = CapturedPlan(self._plan, start)
+        return self._graph.replay(start)
 
-        num_closed = 1 + cfg.num_prior_samples
-        start = _Start(z, mu, sigma, self.model.embed(task), task, action_mask)
-        mean = mu.new_zeros(n, cfg.horizon, mu.shape[1])
-        std = torch.ones_like(mean)
+    def _plan(self, start: Start) -> Plan:
+        """All iterations; everything that changes between calls is read from device memory."""
+        cfg, b = self.cfg, self._buffers
+        u, returns, mean, std = b["u"], b["returns"], b["mean"], b["std"]
+        mu, sigma = start.mu, start.sigma
+        # The unperturbed prior goes along as candidate 0: its actions are what the others perturb.
+        candidates, candidate_returns = u[:, 1:], returns[:, 1:]
+        prior_u, nominal = u[:, 1 : 1 + cfg.num_prior_samples], b["actions"][:, 0]
+        self.imagination.begin(start, 1 + cfg.num_samples)
+        mean.zero_()
+        std.fill_(1.0)
         for iteration in range(cfg.num_iterations):
-            noise = self._noise(env_ids, step, iteration, mean.shape[1:], action_mask)
-            u = (mean.unsqueeze(1) + std.unsqueeze(1) * noise).clamp(-cfg.max_noise, cfg.max_noise)
+            self._sample(
+                candidates, mean, std, b["counters"][iteration], start.env_ids, start.action_mask, cfg.max_noise
+            )
             if iteration == 0:
-                # The unperturbed prior goes along as candidate 0: its actions are what the others perturb.
-                u = torch.cat([torch.zeros_like(u[:, :1]), u], dim=1)
-                actions, returns = self._imagine(start, u, num_closed=num_closed)
-                nominal, nominal_return = actions[:, 0], returns[:, 0]
-                offset = actions[:, 1:num_closed] - nominal.unsqueeze(1)
-                u[:, 1:num_closed] = offset / sigma.clamp_min(1e-6)[:, None, None]
-                u = u[:, 1:].clamp(-cfg.max_noise, cfg.max_noise)
-                returns = returns[:, 1:]
-                prior_u, prior_returns = u[:, : cfg.num_prior_samples], returns[:, : cfg.num_prior_samples]
+                u[:, 0].zero_()
+                self.imagination.roll(u, returns, actions=b["actions"])
+                torch.sub(b["actions"][:, 1:], nominal.unsqueeze(1), out=prior_u)
+                prior_u.div_(torch.clamp(sigma, min=1e-6, out=b["action_std"])[:, None, None])
+                prior_u.clamp_(-cfg.max_noise, cfg.max_noise)
+                b["prior_u"].copy_(prior_u)
+                b["prior_returns"].copy_(candidate_returns[:, : cfg.num_prior_samples])
             else:
                 # The prior's own trajectories compete again, without being evaluated again.
-                u = torch.cat([prior_u, u[:, cfg.num_prior_samples :]], dim=1)
-                _, fresh = self._imagine(start, u[:, cfg.num_prior_samples :], nominal)
-                returns = torch.cat([prior_returns, fresh], dim=1)
-            elites, weights, spread = self._select(u, returns)
-            mean = (weights[..., None, None] * elites).sum(1)
-            variance = (weights[..., None, None] * (elites - mean.unsqueeze(1)).square()).sum(1)
-            std = variance.sqrt().clamp(cfg.min_std, 1.0)
+                prior_u.copy_(b["prior_u"])
+                fresh = slice(1 + cfg.num_prior_samples, None)
+                self.imagination.roll(u[:, fresh], returns[:, fresh], nominal)
+                candidate_returns[:, : cfg.num_prior_samples] = b["prior_returns"]
+            self._update(
+                mean,
+                std,
+                b["weights"],
+                b["spread"],
+                candidates,
+                candidate_returns,
+                cfg.num_elites,
+                cfg.temperature,
+                cfg.min_std,
+            )
 
-        _, plan_return = self._imagine(start, mean.unsqueeze(1), nominal)
+        self.imagination.roll(mean.unsqueeze(1), b["plan_return"], nominal)
+        self._project(b["projected"], mu, sigma, mean[:, 0], cfg.max_kl)
         return Plan(
-            mean=mu + sigma * mean[:, 0],
-            gain=(plan_return.squeeze(1) - nominal_return) / spread,
-            elites=mu.unsqueeze(1) + sigma.unsqueeze(1) * elites[:, :, 0],
-            elite_weights=weights,
-            elite_std=sigma * std[:, 0],
+            mean=torch.addcmul(mu, sigma, mean[:, 0], out=b["action"]),
+            projected=b["projected"],
+            gain=torch.sub(b["plan_return"][:, 0], returns[:, 0], out=b["gain"]).div_(b["spread"]),
+            candidates=torch.addcmul(mu.unsqueeze(1), sigma.unsqueeze(1), candidates[:, :, 0], out=b["candidates"]),
+            weights=b["weights"],
+            std=torch.mul(sigma, std[:, 0], out=b["action_std"]),
         )
 
-    def _noise(
-        self, env_ids: torch.Tensor, step: int, iteration: int, shape: torch.Size, action_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Antithetic noise of shape (n, S, H, A): a pair ``(u, -u)`` cancels the sample mean's error."""
-        num_samples = self.cfg.num_samples
-        half = planner_noise(self.seed, step, env_ids, iteration, ((num_samples + 1) // 2, *shape))
-        noise = torch.stack([half, -half], dim=2).flatten(1, 2)[:, :num_samples]
-        return noise if action_mask is None else noise * action_mask[:, None, None]
-
-    def _imagine(
-        self, start: _Start, u: torch.Tensor, nominal: torch.Tensor | None = None, num_closed: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Roll candidates out in the model and add up their predicted return (2).
-
-        Args:
-            start: Where the candidates start.
-            u: Perturbations, shape (n, S, H, A).
-            nominal: Actions that are perturbed, shape (n, H, A). ``None``: those of candidate 0.
-            num_closed: Candidates, from the first, whose own imagined states the prior answers; without ``nominal``.
-
-        Returns:
-            Actions (n, S, H, A) and returns (n, S) in units of the task's reward scale.
-        """
-        samples = u.shape[1]
-        mu, sigma = start.mu.unsqueeze(1), start.sigma.unsqueeze(1)
-        z, e = (x.unsqueeze(1).expand(-1, samples, -1) for x in (start.z, start.e))
-        task = start.task.unsqueeze(1).expand(-1, samples)
-        actions, total, alive, discount = [], 0.0, 1.0, 1.0
-        for k in range(self.cfg.horizon):
-            if nominal is not None:
-                centre = nominal[:, None, k]
-            elif k == 0:
-                centre = mu  # the executed policy's own mean, not the latent prior's
-            else:
-                own = self.model.prior(z[:, :num_closed], e[:, :num_closed])
-                if start.action_mask is not None:
-                    own = own * start.action_mask.unsqueeze(1)
-                centre = torch.cat([own, own[:, :1].expand(-1, samples - num_closed, -1)], dim=1)
-            actions.append(centre + sigma * u[:, :, k])
-            z, reward, survives = self.model.step(z, actions[-1], e, task)
-            total = total + discount * alive * reward
-            alive, discount = alive * survives, discount * self.gamma
-        return torch.stack(actions, dim=2), total + discount * alive * self.model.value(z, e)
-
-    def _select(self, u: torch.Tensor, returns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Elites (n, E, H, A), their softmax weights (n, E), and the deviation of all returns (n,)."""
-        spread = returns.std(dim=1, unbiased=False).clamp_min(1e-8)
-        score, index = ((returns - returns.mean(1, keepdim=True)) / spread.unsqueeze(1)).topk(self.cfg.num_elites, 1)
-        weights = torch.softmax(self.cfg.temperature * score, dim=1)
-        elites = u.gather(1, index[..., None, None].expand(-1, -1, *u.shape[2:]))
-        return elites, weights, spread
+    def _allocate(self, n: int, action_dim: int, device: torch.device) -> None:
+        """Make the buffers for n environments, once."""
+        if self._buffers and self._buffers["spread"].shape[0] == n:
+            return
+        self._graph = None
+        self._buffers = allocate(plan_layout(n, action_dim, self.cfg), device)
+        counters = self._buffers["counters"]
+        counters[:, 0] = self.seed
+        counters[:, 2] = torch.arange(counters.shape[0], device=device)

@@ -1,4 +1,7 @@
-"""How a plan is executed: projected onto a trust region around the prior, or as a draw among the elites."""
+"""Densities of the behaviours that a plan induces: a Gaussian on the trust region, or a draw among the elites.
+
+The projection onto the trust region itself is a kernel, :func:`m3po.kernels.elites.project`.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,6 @@ import math
 import torch
 
 from m3po.planning.mppi import Plan
-
-
-def project(mu: torch.Tensor, sigma: torch.Tensor, plan_mean: torch.Tensor, max_kl: float) -> torch.Tensor:
-    """Mean ``m = mu + s * (m_mppi - mu)`` with ``KL(N(m, sigma) || N(mu, sigma)) <= max_kl``.
-
-    Args:
-        mu: Prior mean, shape (n, A).
-        sigma: Prior deviation, shape (n, A); 0 marks a masked dimension.
-        plan_mean: Planned mean, shape (n, A).
-        max_kl: Trust region, nats. ``inf`` leaves the plan as it is.
-
-    Returns:
-        Projected mean, shape (n, A); exactly ``mu`` where the plan equals it.
-    """
-    offset = plan_mean - mu
-    norm = (offset / sigma.clamp_min(1e-6)).norm(dim=-1, keepdim=True)
-    scale = (math.sqrt(2.0 * max_kl) / norm.clamp_min(1e-12)).clamp(max=1.0)
-    return torch.where(offset == 0, mu, mu + scale * offset)
 
 
 def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -42,9 +27,9 @@ def draw_elite(plan: Plan, generator: torch.Generator) -> tuple[torch.Tensor, to
     Returns:
         Actions (n, A) and ``log beta`` (n,).
     """
-    index = torch.multinomial(plan.elite_weights, 1, generator=generator)
-    centre = plan.elites.gather(1, index.unsqueeze(-1).expand(-1, -1, plan.elites.shape[-1])).squeeze(1)
+    index = torch.multinomial(plan.weights, 1, generator=generator)
+    centre = plan.candidates.gather(1, index.unsqueeze(-1).expand(-1, -1, plan.candidates.shape[-1])).squeeze(1)
     noise = torch.randn(centre.shape, generator=generator, device=centre.device)
-    action = centre + plan.elite_std * noise
-    components = gaussian_log_prob(action.unsqueeze(1), plan.elites, plan.elite_std.unsqueeze(1))
-    return action, torch.logsumexp(plan.elite_weights.log() + components, dim=1)
+    action = centre + plan.std * noise
+    components = gaussian_log_prob(action.unsqueeze(1), plan.candidates, plan.std.unsqueeze(1))
+    return action, torch.logsumexp(plan.weights.log() + components, dim=1)
