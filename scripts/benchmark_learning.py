@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import subprocess
 import sys
 import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmark_runs import ROOT
+from benchmark_runs import run_python as _python
+
 DATA = ROOT / "benchmarks" / "learning"
 COLUMNS = (
     "iteration", "env_steps", "seconds", "mean_step_reward", "mean_return", "mean_length", "time_collect", "time_plan",
@@ -111,12 +112,6 @@ def _evaluate(task: str, arm: str, checkpoint: Path, policy: str, episodes: int)
         return {"crashed": True, "output": result.stdout[-2000:]}
     values = json.loads(output.read_text(encoding="utf-8"))
     return {k: values[k] for k in ("return_mean", "return_std", "length_mean", "termination_rate", "num_episodes")}
-
-
-def _python(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
 
 
 def main() -> int:

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from literal import fast_planner, literal_planner
 from torch.distributions import Normal, kl_divergence
 
 from m3po.config import PlannerCfg, WorldModelCfg
-from m3po.models import WorldModel
 from m3po.kernels.elites import project_torch
 from m3po.kernels.sampling import philox4x32, planner_noise
+from m3po.models import WorldModel
 from m3po.planning.trust_region import draw_elite, gaussian_log_prob
-from literal import fast_planner, literal_planner
 
 
 class LinearModel:
@@ -92,7 +92,7 @@ def test_planner_finds_the_optimum_of_a_linear_quadratic_problem():
 
 
 def test_zero_iterations_are_the_prior_bit_for_bit():
-    _, mu, sigma, plan = run(LinearModel(), replace(CFG, num_iterations=0))
+    _, mu, _, plan = run(LinearModel(), replace(CFG, num_iterations=0))
     assert torch.equal(plan.mean, mu)
     assert torch.equal(plan.projected, mu)
 

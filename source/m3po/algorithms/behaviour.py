@@ -136,6 +136,7 @@ class Behaviour:
     def planner_policy(self) -> Callable[[TensorDict], torch.Tensor]:
         """A noise-free policy that plans in every environment: observations, batch size (n,) -> actions (n, A)."""
         step = 0
+        self.imagination.model_changed()  # perhaps loaded since
 
         @torch.no_grad()
         def act(obs: TensorDict) -> torch.Tensor:

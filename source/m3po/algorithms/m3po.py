@@ -182,6 +182,7 @@ class M3PO:
             metrics |= self._measure_model()
             self._update_statistics()
             losses |= {f"model_{k}": v for k, v in self.model_learner.train(self.ring, self.iteration).items()}
+        self.behaviour.imagination.model_changed()
         self.behaviour.gate(metrics["model/skill_1"], metrics["model/reward_ev"])
         self.behaviour.rotate()
         metrics["policy/clipped_share"] = losses.pop("clipped_share")
@@ -319,6 +320,7 @@ class M3PO:
         if load_cfg.get("actor"):
             self.actor.load_state_dict(loaded_dict["actor_state_dict"], strict=strict)
             self.model.load_state_dict(loaded_dict["world_model_state_dict"], strict=strict)
+            self.behaviour.imagination.model_changed()
         if load_cfg.get("critic"):
             self.critic.load_state_dict(loaded_dict["critic_state_dict"], strict=strict)
         if load_cfg.get("optimizer"):

@@ -1,6 +1,8 @@
 """What surrounds a matrix product in imagination: eager torch, compiled by torch's inductor, or fused Triton kernels.
 
-The three forms compute the same and write into given tensors; none allocates after its first call.
+The three forms compute the same and write into given tensors. On a CPU the first two still allocate a temporary of one
+chunk while they run, inside torch's LayerNorm and inductor's loops; the Triton kernels, and any form in a CUDA graph, do
+not.
 """
 
 from __future__ import annotations
@@ -23,14 +25,20 @@ LOGIT_BOUND = 20.0
 class Epilogues(Protocol):
     """The three steps of an imagined transition."""
 
-    def linear_norm_mish(self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, out: torch.Tensor) -> None:
-        """``out = Mish(LayerNorm(x W^T + bias))``.
+    def linear_norm_mish(
+        self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        """``Mish(LayerNorm(x W^T + bias))``.
 
         Args:
             x: Inputs, shape (R, I), any row stride.
             layer: Weights (O, I) and normalisation (O,). Its own bias is not used.
             bias: Shape (G, O) with G dividing R, float32: row r reads row ``r // (R / G)``.
-            out: Receives the result, shape (R, O).
+            a: Buffer, shape (R, O); may be ``x``.
+            b: Another buffer of that shape; not ``x``.
+
+        Returns:
+            The result, which is in one of the buffers.
         """
 
     def simnorm(self, update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
@@ -44,48 +52,39 @@ class EagerEpilogues:
     """One torch operation after the other, in buffers of its own."""
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
-        """Allocate buffers for at most ``rows`` rows of at most ``width`` columns."""
-        self._buffers = [torch.empty(rows * width, device=device) for _ in range(2)]
-        self._moments = [torch.empty(rows, 1, device=device) for _ in range(2)]
+        """Allocate a buffer for at most ``rows`` rows of at most ``width`` columns."""
+        self._buffer = torch.empty(rows * width, device=device)
 
-    def _scratch(self, rows: int, width: int) -> list[torch.Tensor]:
-        return [b[: rows * width].view(rows, width) for b in self._buffers]
+    def _scratch(self, rows: int, width: int) -> torch.Tensor:
+        return self._buffer[: rows * width].view(rows, width)
 
-    def linear_norm_mish(self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, out: torch.Tensor) -> None:
+    def linear_norm_mish(
+        self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
         """See :class:`Epilogues`."""
-        rows, width = out.shape
-        s, t = self._scratch(rows, width)
-        torch.mm(x, layer.weight.T, out=out)
-        torch.add(_grouped(out, bias), bias.unsqueeze(1), out=_grouped(s, bias))
-        mean, inverse = (m[:rows] for m in self._moments)
-        torch.ops.aten.native_layer_norm.out(
-            s, [width], layer.norm_weight, layer.norm_bias, layer.eps, out0=t, out1=mean, out2=inverse
-        )
+        rows, width = a.shape
+        s = self._scratch(rows, width)
+        torch.mm(x, layer.weight.T, out=b)
+        torch.add(_grouped(b, bias), bias.unsqueeze(1), out=_grouped(s, bias))
+        normed = F.layer_norm(s, [width], layer.norm_weight, layer.norm_bias, layer.eps)
         # Mish by its rational form: tanh(log(1 + w)) with w = exp(x) is n / (n + 2) with n = w (w + 2).
-        w = torch.clamp(t, max=20.0, out=s).exp_()
+        w = torch.clamp(normed, max=20.0, out=s).exp_()
         n = torch.addcmul(w, w, w, value=0.5, out=w).mul_(2.0)
-        t.mul_(n)
-        torch.div(t, n.add_(2.0), out=out)
+        normed.mul_(n)
+        return torch.div(normed, n.add_(2.0), out=a)
 
     def simnorm(self, update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
         """See :class:`Epilogues`."""
-        rows, width = z.shape
-        weight, base = self._scratch(rows, width)
-        weight.copy_(update).clamp_(-LOGIT_BOUND, LOGIT_BOUND).exp_()
+        weight = self._scratch(*z.shape).copy_(update).clamp_(-LOGIT_BOUND, LOGIT_BOUND).exp_()
         if residual:
-            weight.mul_(torch.add(z, LATENT_FLOOR, out=base))
-        grouped = weight.view(rows, -1, group)
-        total = self._buffers[1][: rows * width // group].view(rows, -1, 1)
-        torch.sum(grouped, -1, keepdim=True, out=total)
-        torch.div(grouped, total, out=z.unflatten(1, (-1, group)))
+            weight.mul_(z + LATENT_FLOOR)
+        grouped = weight.unflatten(1, (-1, group))
+        torch.div(grouped, grouped.sum(-1, keepdim=True), out=z.unflatten(1, (-1, group)))
 
     def two_hot(self, logits: torch.Tensor, bins: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Epilogues`."""
-        p, wide = self._scratch(*logits.shape)
-        torch.softmax(wide.copy_(logits), -1, out=p)
-        torch.mv(p, bins, out=out)
-        sign = torch.sign(out, out=wide.view(-1)[: len(out)])
-        out.abs_().expm1_().mul_(sign)
+        p = torch.softmax(logits.float(), -1)
+        out.copy_(symexp(torch.mv(p, bins)))
 
 
 def _grouped(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -93,9 +92,21 @@ def _grouped(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return x.view(bias.shape[0], -1, x.shape[1])
 
 
-def _norm_mish(h: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, norm_bias: torch.Tensor, eps: float) -> None:
-    x = _grouped(h, bias).float() + bias.unsqueeze(1)
-    h.copy_(F.mish(F.layer_norm(x, weight.shape, weight, norm_bias, eps)).view_as(h))
+def _norm_mish(
+    product: torch.Tensor,
+    bias: torch.Tensor,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    # Written out, so that inductor makes one loop of it: of its own LayerNorm and Mish it makes two and a temporary.
+    x = product.float() + bias
+    x = x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight + norm_bias
+    w = x.clamp(max=20.0).exp()
+    n = w * (w + 2.0)
+    out.copy_(x * n / (n + 2.0))
 
 
 def _simnorm(update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
@@ -115,15 +126,21 @@ class CompiledEpilogues:
     """Everything but the matrix product in one loop each, generated by torch's inductor (a C++ compiler on a CPU)."""
 
     def __init__(self) -> None:
-        """Compile lazily, once for all numbers of rows."""
+        """Compile lazily: at the first call, and once more for all other numbers of rows."""
+        # One process may plan in two precisions and for one and many environments: more than dynamo expects.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._norm_mish, self._simnorm, self._two_hot = (
-            torch.compile(f, fullgraph=True, dynamic=True) for f in (_norm_mish, _simnorm, _two_hot)
+            torch.compile(f, fullgraph=True) for f in (_norm_mish, _simnorm, _two_hot)
         )
 
-    def linear_norm_mish(self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, out: torch.Tensor) -> None:
+    def linear_norm_mish(
+        self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
         """See :class:`Epilogues`."""
-        torch.mm(x, layer.weight.T, out=out)
-        self._norm_mish(out, bias, layer.norm_weight, layer.norm_bias, layer.eps)
+        torch.mm(x, layer.weight.T, out=b)
+        product, out = _grouped(b, bias), _grouped(a, bias)
+        self._norm_mish(product, bias.unsqueeze(1), layer.norm_weight, layer.norm_bias, layer.eps, out)
+        return a
 
     def simnorm(self, update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
         """See :class:`Epilogues`."""
@@ -137,11 +154,14 @@ class CompiledEpilogues:
 class TritonEpilogues:
     """Fused CUDA kernels; the matrix product of a layer is part of its kernel."""
 
-    def linear_norm_mish(self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, out: torch.Tensor) -> None:
+    def linear_norm_mish(
+        self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
         """See :class:`Epilogues`."""
         from m3po.kernels.linear_norm_mish import linear_norm_mish
 
-        linear_norm_mish(x, layer.weight, bias, layer.norm_weight, layer.norm_bias, layer.eps, out)
+        linear_norm_mish(x, layer.weight, bias, layer.norm_weight, layer.norm_bias, layer.eps, b)
+        return b
 
     def simnorm(self, update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
         """See :class:`Epilogues`."""

@@ -11,8 +11,8 @@ from m3po.models import WorldModel
 from m3po.planning.epilogues import CompiledEpilogues, EagerEpilogues, Epilogues, TritonEpilogues
 from m3po.planning.packed_model import PackedHead, PackedModel
 
-CHUNK_ROWS = {"cpu": 2048, "cuda": 16384}
-"""Rows that are imagined together: about what a core's cache, or a GPU's, holds of the activations."""
+CHUNK_ROWS = {"cpu": 2048, "cuda": 32768}
+"""Rows that are imagined together: what keeps the activations near a core's cache, or fills a GPU once (untested)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Precisions of the matrices and activations; sums, normalisations and returns are always float32."""
@@ -66,8 +66,12 @@ class Imagination:
         self._buffers: dict[str, torch.Tensor] = {}
         self._shared: dict[str, torch.Tensor] = {}
 
+    def model_changed(self) -> None:
+        """Say that the world model's weights or statistics are not those of the last plan any more."""
+        self.model.stale = True
+
     def refresh(self) -> None:
-        """Take over changes of the model; to be called before :meth:`begin`."""
+        """Take over a change of the model; to be called before :meth:`begin`."""
         self.model.refresh()
 
     def begin(self, start: Start, samples: int) -> None:
@@ -135,9 +139,10 @@ class Imagination:
         n, samples, horizon, dims = u.shape
         rows, latent = n * samples, model.latent_dim
         x = self._buffers["x"][:rows]
-        z, xa = x[:, :latent], x[:, latent:].view(n, samples, dims)
+        z, xa = x[:, :latent], x[:, latent : latent + dims].unflatten(0, (n, samples))
         out = self._buffers["out"][:rows]
-        logits = out[:, latent : latent + model.num_bins]
+        end = latent + model.num_bins
+        logits, fall_logit = out[:, latent:end], out[:, end].view(n, samples)
         value, alive, chance = (self._buffers[name][:rows] for name in ("value", "alive", "chance"))
         total, alive_view, chance_view = returns, alive.view(n, samples), chance.view(n, samples)
         value_view = value.view(n, samples)
@@ -160,14 +165,15 @@ class Imagination:
                 actions[:, :, k] = xa[:, : actions.shape[1]]
             self._transition(x, out, shared["first"][part] if k == 0 else None, start.task[part])
             self._epilogues.two_hot(logits, self.bins, value)
-            torch.add(out[:, -1].view(n, samples), rate, out=chance_view).neg_().sigmoid_()  # of going on
+            torch.add(fall_logit, rate, out=chance_view).neg_().sigmoid_()  # of going on
             if self.model.model.cfg.terminal_reward:
                 value_view.addcmul_(chance_view, fall, value=-1.0).add_(fall)
             total.addcmul_(alive_view, value_view, value=discount)
             alive.mul_(chance)
             self._epilogues.simnorm(out[:, :latent], z, self.group, self.residual)
             discount *= self.gamma
-        logits = self._apply(model.value, z, start.task[part], out[:, : model.num_bins])
+        logits = out[:, : model.num_bins]
+        self._apply(model.value, z, start.task[part], logits)
         self._epilogues.two_hot(logits, self.bins, value)
         total.addcmul_(alive_view, value_view, value=discount)
 
@@ -197,7 +203,7 @@ class Imagination:
         task: torch.Tensor,
         out: torch.Tensor,
         bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> None:
         """Three layers: x (R, I) -> out (R, O). ``bias`` (n, W) of the first layer replaces the task's."""
         rows = x.shape[0]
         hidden = [self._buffers[name][:rows] for name in ("hidden_1", "hidden_2")]
@@ -205,9 +211,10 @@ class Imagination:
             bias = head.first.bias
             if bias.shape[0] > 1:
                 bias = torch.index_select(bias, 0, task, out=self._buffers["bias"][: len(task)])
-        self._epilogues.linear_norm_mish(x, head.first, bias, hidden[0])
-        self._epilogues.linear_norm_mish(hidden[0], head.second, head.second.bias, hidden[1])
-        return torch.addmm(head.bias, hidden[1], head.weight.T, out=out)
+        h = self._epilogues.linear_norm_mish(x, head.first, bias, *hidden)
+        other = hidden[1] if h is hidden[0] else hidden[0]
+        h = self._epilogues.linear_norm_mish(h, head.second, head.second.bias, h, other)
+        torch.addmm(head.bias, h, head.weight.T, out=out)
 
     @property
     def bins(self) -> torch.Tensor:
@@ -219,6 +226,7 @@ class Imagination:
         if self._epilogues is not None and self._buffers["x"].shape[0] >= rows:
             return
         self._buffers = allocate(chunk_layout(rows, self.model), self.device)
+        self._buffers["x"].zero_()  # its padding is read
         if self.cfg.epilogues == "eager":
             self._epilogues = EagerEpilogues(rows, scratch_width(self.model), self.device)
         elif self._epilogues is None:
@@ -241,13 +249,12 @@ def scratch_width(model: PackedModel) -> int:
 
 def chunk_layout(rows: int, model: PackedModel) -> Layout:
     """Buffers of one chunk: inputs, two hidden layers, outputs, and the prior's."""
-    latent, outputs = model.latent_dim, model.latent_dim + model.num_bins + 1
     return {
-        "x": ((rows, latent + model.action_dim), model.dtype),
+        "x": ((rows, model.input_dim), model.dtype),
         "hidden_1": ((rows, model.width), model.dtype),
         "hidden_2": ((rows, model.width), model.dtype),
-        "out": ((rows, outputs), model.dtype),
-        "prior": ((rows, latent), model.dtype),
+        "out": ((rows, model.output_dim), model.dtype),
+        "prior": ((rows, model.latent_dim), model.dtype),
         "own": ((rows, model.action_dim), model.dtype),
         "bias": ((rows if model.num_tasks > 1 else 0, model.width), torch.float32),
         "value": ((rows,), torch.float32),

@@ -9,13 +9,14 @@ from m3po.planning.imagination import CHUNK_ROWS, DTYPES
 
 
 def plan_bytes(num_planned: int, action_dim: int, planner: PlannerCfg, model: WorldModelCfg, device: str) -> int:
-    """Bytes of all buffers of a plan; nothing else is allocated while planning.
+    """Bytes of all buffers of a plan, and of what the eager epilogues allocate on top while they run.
 
     With n environments, S samples, P of them from the prior, horizon H, A action dimensions, latent Z, width W, B bins,
     R rows of a chunk and b bytes per number of the chosen precision it is
 
     * per environment ``4 [2 (1 + S) + 2 P + (1 + S + 1 + 2 P + 2) H A + (S + 3) A + 6] + b (Z + W) + 4 W``
-    * per chunk ``R [b (3 Z + 2 W + B + 1 + 2 A) + 12]``, and ``R [8 max(W, Z, B) + 8]`` more for the eager epilogues.
+    * per chunk ``R [b (3 Z + 2 W + p(B + 1) + p(A) + A) + 12]``, where p rounds up to 8, and ``R (4 W + 8)`` more for a temporary that the
+      epilogues allocate while they run on a CPU, and ``4 R max(W, Z, B)`` for the eager ones' buffer.
 
     Args:
         num_planned: Environments that are planned together, n.
@@ -32,9 +33,12 @@ def plan_bytes(num_planned: int, action_dim: int, planner: PlannerCfg, model: Wo
     b = DTYPES[planner.precision].itemsize
     rows = max(planner.chunk_rows or CHUNK_ROWS[device.split(":")[0]], 1 + s)
     per_env = 4 * (2 * (1 + s) + 2 * p + (1 + s + 1 + 2 * p + 2) * h * a + (s + 3) * a + 6) + b * (latent + width)
-    per_row = b * (3 * latent + 2 * width + model.num_bins + 1 + 2 * a) + 12
+    padded_actions, padded_outputs = -(-a // 8) * 8, -(-(model.num_bins + 1) // 8) * 8
+    per_row = b * (3 * latent + 2 * width + padded_outputs + padded_actions + a) + 12
+    if planner.epilogues != "triton":
+        per_row += 4 * width + 8
     if planner.epilogues == "eager":
-        per_row += 8 * max(width, latent, model.num_bins) + 8
+        per_row += 4 * max(width, latent, model.num_bins)
     return n * (per_env + 4 * width) + rows * per_row
 
 

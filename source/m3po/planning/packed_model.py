@@ -53,7 +53,7 @@ class PackedHead:
 
 
 class PackedModel:
-    """Copies of a world model's weights in the planner's precision, refreshed in place when the model has changed."""
+    """Copies of a world model's weights in the planner's precision, refreshed in place; set ``stale`` after a change."""
 
     def __init__(self, model: WorldModel, dtype: torch.dtype) -> None:
         """Allocate the copies.
@@ -68,15 +68,18 @@ class PackedModel:
         self.width, self.action_dim = model.transition[1][0].out_features, model.prior_head[-1].out_features
         self.num_tasks = model.task_embedding.shape[0]
         self.bins = model.two_hot.bins
+        # Rows of whole 16-byte words let a GPU load them at once; the columns beyond are zero.
+        self.input_dim = self.latent_dim + _padded(self.action_dim)
+        self.output_dim = self.latent_dim + _padded(self.num_bins + 1)
         self._copies: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = []
-        self._signature: list[tuple[int, int]] = []
+        self.stale = True
 
         outputs = (model.latent_head, model.reward_head, model.termination_head)
         self.transition = PackedHead(
-            self._first(model.transition[0], self.latent_dim + self.action_dim),
+            self._first(model.transition[0], self.latent_dim + self.action_dim, self.input_dim),
             self._second(model.transition[1]),
-            self._keep(lambda: torch.cat([o.weight for o in outputs]), dtype),
-            self._keep(lambda: torch.cat([o.bias for o in outputs]), dtype),
+            self._keep(lambda: _pad_rows(torch.cat([o.weight for o in outputs]), self.output_dim), dtype),
+            self._keep(lambda: _pad_rows(torch.cat([o.bias for o in outputs]), self.output_dim), dtype),
         )
         self.value = self._head(model.value_head)
         self.prior = self._head(model.prior_head)
@@ -88,13 +91,14 @@ class PackedModel:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the weights again if any of the model's tensors was changed since the last time."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        signature = [(t.data_ptr(), t._version) for t in tensors]
-        if signature != self._signature:
+        """Copy the weights again if the model was said to have changed.
+
+        Torch's own version counters would not do: fused optimisers do not touch them.
+        """
+        if self.stale:
             for target, source in self._copies:
                 target.copy_(source())
-            self._signature = signature
+            self.stale = False
 
     def _keep(self, source: Callable[[], torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor that :meth:`refresh` fills from ``source``."""
@@ -103,13 +107,16 @@ class PackedModel:
         self._copies.append((target, source))
         return target
 
-    def _first(self, layer: nn.Sequential, own: int) -> PackedLayer:
-        """First layer on ``[own inputs, task embedding]``: the embedding's part becomes a bias per task."""
+    def _first(self, layer: nn.Sequential, own: int, width: int) -> PackedLayer:
+        """First layer on ``[own inputs, task embedding]``: the embedding's part becomes a bias per task.
+
+        The weights are padded from ``own`` to ``width`` columns.
+        """
         linear, model = layer[0], self.model
         tasks = torch.arange(self.num_tasks, device=linear.weight.device)
         return self._layer(
             layer,
-            self._keep(lambda: linear.weight[:, :own], self.dtype),
+            self._keep(lambda: _pad_rows(linear.weight[:, :own].T, width).T, self.dtype),
             self._keep(lambda: model.embed(tasks) @ linear.weight[:, own:].T + linear.bias),
         )
 
@@ -128,8 +135,17 @@ class PackedModel:
     def _head(self, head: nn.Sequential) -> PackedHead:
         layers, output = head
         return PackedHead(
-            self._first(layers[0], self.latent_dim),
+            self._first(layers[0], self.latent_dim, self.latent_dim),
             self._second(layers[1]),
             self._keep(lambda: output.weight, self.dtype),
             self._keep(lambda: output.bias, self.dtype),
         )
+
+
+def _padded(size: int) -> int:
+    return -(-size // 8) * 8
+
+
+def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Append rows of zeros up to a number."""
+    return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])

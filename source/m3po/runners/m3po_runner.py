@@ -120,7 +120,8 @@ class M3PORunner(OnPolicyRunner):
 
     def _step(self, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch) -> TensorDict:
         """One step of all environments. Returns the next observations."""
-        actions = self.alg.act(obs)
+        with watch.section("act"):
+            actions = self.alg.act(obs)
         with watch.section("physics"):
             obs, rewards, dones, extras = self.env.step(actions.to(self.env.device))
         if self.cfg.get("check_for_nan", True):
@@ -146,6 +147,10 @@ class M3PORunner(OnPolicyRunner):
             "time_plan": times.get("plan", 0.0),
             "time_physics": times.get("physics", 0.0),
             "time_update": update,
+            "time_act": times.get("act", 0.0) - times.get("plan", 0.0),
+            "time_policy": times.get("update_policy", update),
+            "time_model": times.get("update_model", 0.0),
+            "gpu_memory_mib": torch.cuda.max_memory_allocated(self.device) / 2**20 if watch.cuda else 0.0,
             "learning_rate": self.alg.learning_rate,
             "action_std": self.alg.get_policy().output_std.mean().item(),
         }

@@ -23,6 +23,10 @@ COLUMNS = (
     "time_plan",
     "time_physics",
     "time_update",
+    "time_act",
+    "time_policy",
+    "time_model",
+    "gpu_memory_mib",
     "learning_rate",
     "action_std",
 )
