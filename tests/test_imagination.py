@@ -165,14 +165,14 @@ def test_a_budget_that_does_not_fit_is_refused_with_its_number():
     with pytest.raises(ValueError, match=r"needs [\d.]+ GiB.*planner.num_samples"):
         check_memory(10_000_000, 8, PlannerCfg(num_samples=512, share=1.0), model, "cpu")
     # The largest stage counts.
-    later = PlannerCfg(share=0.0, stages=((0.5, {"share": 1.0, "num_samples": 512}),))
+    later = PlannerCfg(share=0.0, stages=[[0.5, {"share": 1.0, "num_samples": 512}]])
     with pytest.raises(ValueError, match="GiB"):
         check_memory(10_000_000, 8, later, model, "cpu")
     check_memory(512, 8, PlannerCfg(), model, "cpu")
 
 
 def test_stages_change_the_budget_and_nothing_else():
-    cfg = PlannerCfg(share=1.0, stages=((0.25, {"share": 0.5}), (0.5, {"num_samples": 8, "num_elites": 4})))
+    cfg = PlannerCfg(share=1.0, stages=[[0.25, {"share": 0.5}], [0.5, {"num_samples": 8, "num_elites": 4}]])
     assert planner_at(cfg, 0.0) == cfg
     assert planner_at(cfg, 0.3) == replace(cfg, share=0.5)
     assert planner_at(cfg, 0.5) == replace(cfg, share=0.5, num_samples=8, num_elites=4)
@@ -181,11 +181,11 @@ def test_stages_change_the_budget_and_nothing_else():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stages": ((0.5, {"sharee": 0.1}),)}, "cannot change sharee"),
-        ({"stages": ((1.5, {"share": 0.1}),)}, "progress"),
-        ({"stages": (0.5,)}, "pairs"),
-        ({"stages": ((0.5, {"num_samples": 4}),)}, "num_elites .8. exceeds"),
-        ({"stages": ((0.5, {"share": 2.0}),)}, "share must lie in"),
+        ({"stages": [[0.5, {"sharee": 0.1}]]}, "cannot change sharee"),
+        ({"stages": [[1.5, {"share": 0.1}]]}, "progress"),
+        ({"stages": [0.5]}, "pairs"),
+        ({"stages": [[0.5, {"num_samples": 4}]]}, "num_elites .8. exceeds"),
+        ({"stages": [[0.5, {"share": 2.0}]]}, "share must lie in"),
         ({"num_elites": 100}, "exceeds"),
         ({"horizon": 0}, "horizon must be at least 1"),
         ({"share": -0.1}, "share must lie in"),

@@ -139,8 +139,8 @@ class PlannerCfg:
     execution: str = "projected"
     """``projected``: ``a = m + sigma * xi`` on the trust region; ``mppi``: an elite drawn by its weight, plus noise."""
 
-    stages: tuple = ()
-    """Budget as a schedule: pairs ``(progress, {field: value})``. From that share of the training iterations on, the
+    stages: list = field(default_factory=list)
+    """Budget as a schedule: pairs ``[progress, {field: value}]``. From that share of the training iterations on, the
     fields (``share``, ``num_samples``, ``num_prior_samples``, ``num_iterations``, ``num_elites``, ``horizon``) have
     those values, on top of earlier stages."""
 
@@ -346,7 +346,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
     _validate_budget(planner, require)
     for stage in planner.stages:
         ok = isinstance(stage, (list, tuple)) and len(stage) == 2 and isinstance(stage[1], Mapping)
-        require(ok, f"planner.stages must hold pairs (progress, {{field: value}}), got {stage!r}.")
+        require(ok, f"planner.stages must hold pairs [progress, {{field: value}}], got {stage!r}.")
         begin, changes = stage
         ok = isinstance(begin, (int, float)) and 0.0 <= begin <= 1.0
         require(ok, f"planner.stages: a stage begins at a progress in [0, 1], got {begin!r}.")
@@ -407,7 +407,7 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
                 num_elites=4,
                 max_kl=0.5,
                 share=1.0,
-                stages=((0.3, {"share": 0.1}),),
+                stages=[[0.3, {"share": 0.1}]],
             ),
         )
     if device.startswith("cpu"):

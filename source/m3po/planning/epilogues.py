@@ -1,8 +1,8 @@
 """What surrounds a matrix product in imagination: eager torch, compiled by torch's inductor, or fused Triton kernels.
 
-The three forms compute the same and write into given tensors. On a CPU the first two still allocate a temporary of one
-chunk while they run, inside torch's LayerNorm and inductor's loops; the Triton kernels, and any form in a CUDA graph, do
-not.
+The three forms compute the same and write into given tensors. On a CPU the first two still allocate a temporary of
+one chunk while they run, inside torch's LayerNorm and inductor's loops; the Triton kernels, and any form in a CUDA
+graph, do not.
 """
 
 from __future__ import annotations

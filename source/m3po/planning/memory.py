@@ -14,9 +14,10 @@ def plan_bytes(num_planned: int, action_dim: int, planner: PlannerCfg, model: Wo
     With n environments, S samples, P of them from the prior, horizon H, A action dimensions, latent Z, width W, B bins,
     R rows of a chunk and b bytes per number of the chosen precision it is
 
-    * per environment ``4 [2 (1 + S) + 2 P + (1 + S + 1 + 2 P + 2) H A + (S + 3) A + 6] + b (Z + W) + 4 W``
-    * per chunk ``R [b (3 Z + 2 W + p(B + 1) + p(A) + A) + 12]``, where p rounds up to 8, and ``R (4 W + 8)`` more for a temporary that the
-      epilogues allocate while they run on a CPU, and ``4 R max(W, Z, B)`` for the eager ones' buffer.
+    * per environment ``4 [2 (1 + S) + 2 P + (1 + S + 1 + 2 P + 2) H A + (S + 3) A + 6] + b (Z + W) + 4 W``,
+    * per chunk ``R [b (3 Z + 2 W + p(B + 1) + p(A) + A) + 12]``, where p rounds up to 8,
+    * and on a CPU ``R (4 W + 8)`` for a temporary that the epilogues allocate while they run, and ``4 R max(W, Z, B)``
+      for the eager ones' buffer.
 
     Args:
         num_planned: Environments that are planned together, n.

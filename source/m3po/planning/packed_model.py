@@ -53,7 +53,7 @@ class PackedHead:
 
 
 class PackedModel:
-    """Copies of a world model's weights in the planner's precision, refreshed in place; set ``stale`` after a change."""
+    """Copies of a world model's weights in the planner's precision; set ``stale`` when the model has changed."""
 
     def __init__(self, model: WorldModel, dtype: torch.dtype) -> None:
         """Allocate the copies.
