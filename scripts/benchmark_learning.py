@@ -1,7 +1,8 @@
 """Learning curves of several algorithms on Isaac Lab tasks: every run a process of its own, resumable, stored as data.
 
-./isaaclab.sh -p scripts/benchmark_learning.py --suite main --seeds 11 12 13
-./isaaclab.sh -p scripts/benchmark_learning.py --suite ablation --seeds 11 12 13
+./isaaclab.sh -p scripts/benchmark_learning.py --suite main
+./isaaclab.sh -p scripts/benchmark_learning.py --suite ablation
+./isaaclab.sh -p scripts/benchmark_learning.py --suite losses --tasks Isaac-Cartpole-v0
 ./isaaclab.sh -p scripts/benchmark_learning.py --report
 
 A run that is stored already is not repeated; one that failed is stored as crashed, with the end of its output.
@@ -49,14 +50,33 @@ ARMS = {
     "m3po": ["--algo", "m3po"],
     "ppo-tuned": ["--algo", "ppo"],
     "ppo-shipped": ["--algo", "ppo"],
-    "m3po-no-planner": ["--algo", "m3po", "agent.algorithm.planner.share=0.0"],
+    "m3po-no-planner": ["--algo", "m3po", "agent.algorithm.planner.share=0.0", "agent.algorithm.planner.stages=[]"],
     "m3po-no-distillation": ["--algo", "m3po", "agent.algorithm.distill_coef=0.0"],
     "m3po-bonus": ["--algo", "m3po", "agent.algorithm.bonus.alpha=0.3"],
+    "m3po-no-critic-floor": ["--algo", "m3po", "agent.algorithm.critic_min_learning_rate=0.0"],
+    "m3po-no-extra-steps": ["--algo", "m3po", "agent.algorithm.world_model.extra_steps=0"],
     "m3po-no-consistency": ["--algo", "m3po", "agent.algorithm.world_model.consistency_coef=0.0"],
+    "m3po-no-reward-loss": ["--algo", "m3po", "agent.algorithm.world_model.reward_coef=0.0"],
+    "m3po-no-value-loss": ["--algo", "m3po", "agent.algorithm.world_model.value_coef=0.0"],
+    "m3po-no-continuation-loss": ["--algo", "m3po", "agent.algorithm.world_model.continuation_coef=0.0"],
+    "m3po-no-prior-loss": ["--algo", "m3po", "agent.algorithm.world_model.prior_coef=0.0"],
 }
 SUITES = {
     "main": ["m3po", "ppo-tuned", "ppo-shipped"],
-    "ablation": ["m3po-no-planner", "m3po-no-distillation", "m3po-bonus", "m3po-no-consistency"],
+    "ablation": [
+        "m3po-no-planner",
+        "m3po-no-distillation",
+        "m3po-bonus",
+        "m3po-no-critic-floor",
+        "m3po-no-consistency",
+    ],
+    "losses": [
+        "m3po-no-extra-steps",
+        "m3po-no-reward-loss",
+        "m3po-no-value-loss",
+        "m3po-no-continuation-loss",
+        "m3po-no-prior-loss",
+    ],
 }
 
 
@@ -119,7 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, help="Arms to run; without it, only the report is made.")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23])
     parser.add_argument("--processes", type=int, default=2, help="Runs at once; their order interleaves the arms.")
     parser.add_argument("--eval_episodes", type=int, default=64, help="Noise-free episodes at the end of a run.")
     parser.add_argument("--report", action="store_true", help="Write summary.json and the plots from what is stored.")

@@ -292,7 +292,7 @@ def resolve_checkpoint(job: Job, wanted: str) -> Path:
     path = Path(wanted)
     if wanted in SELECTORS:
         path = _select_checkpoint(job, wanted)
-    check_compatible(read_checkpoint(str(path), "cpu"), task=job.task, algorithm=job.algo)
+    check_compatible(path, read_checkpoint(str(path), "cpu"), task=job.task, algorithm=job.algo)
     return path
 
 

@@ -57,6 +57,7 @@ def read_checkpoint(path: str | Path, map_location: str | None = None) -> dict[s
 
 
 def check_compatible(
+    path: str | Path,
     content: dict[str, Any],
     *,
     task: str | None = None,
@@ -66,14 +67,22 @@ def check_compatible(
 ) -> None:
     """Compare a checkpoint's description with what is about to use it. ``None`` is not compared.
 
+    Args:
+        path: Its file, for messages.
+        content: The checkpoint.
+        task: Task name.
+        algorithm: ``m3po`` or ``ppo``.
+        obs_dims: Dimensions of each observation group.
+        num_actions: Dimensions of an action.
+
     Raises:
         CheckpointError: Names everything that differs.
     """
     found = content.get("m3po")
     if found is None:
-        raise CheckpointError("The checkpoint carries no M3PO description; it was not written by M3PO's runner.")
+        raise CheckpointError(f"'{path}' carries no M3PO description; it was not written by M3PO's runner.")
     if found["format"] != FORMAT:
-        raise CheckpointError(f"The checkpoint has format {found['format']}; this version reads format {FORMAT}.")
+        raise CheckpointError(f"'{path}' has format {found['format']}; this version reads format {FORMAT}.")
     expected = {"task": task, "algorithm": algorithm, "obs_dims": obs_dims, "num_actions": num_actions}
     labels = {"obs_dims": "observation sizes", "num_actions": "number of actions"}
     differences = [
@@ -82,7 +91,9 @@ def check_compatible(
         if value is not None and found[name] is not None and found[name] != value
     ]
     if differences:
-        raise CheckpointError("The checkpoint does not fit (nothing was loaded). " + "; ".join(differences) + ".")
+        raise CheckpointError(
+            f"The checkpoint '{path}' does not fit (nothing was loaded). " + "; ".join(differences) + "."
+        )
 
 
 def check_shapes(content: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -105,5 +116,5 @@ def check_shapes(content: dict[str, Any], expected: dict[str, Any]) -> None:
                 raise CheckpointError(
                     f"The checkpoint does not fit (nothing was loaded): {network} has {key} of shape "
                     f"{found.get(key, 'none')} in the checkpoint and {tuple(value.shape)} here. "
-                    "Use the configuration that it was trained with (run.json beside it)."
+                    "Use the configuration that it was trained with."
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -63,6 +64,7 @@ class M3PORunner(OnPolicyRunner):
             device: Torch device.
             evaluator: Evaluates checkpoints; without one there is no ``model_best.pt``.
         """
+        self._agent = json.dumps(train_cfg, default=str)  # before rsl_rl takes it apart
         super().__init__(env, train_cfg, log_dir=log_dir, device=device)
         self.log_dir = log_dir
         self.evaluator = evaluator
@@ -207,6 +209,7 @@ class M3PORunner(OnPolicyRunner):
             "algorithm": "m3po" if isinstance(self.alg, M3PO) else "ppo",
             "obs_dims": {group: value.shape[-1] for group, value in obs.items()},
             "num_actions": self.env.num_actions,
+            "agent": self._agent,
         }
 
     def save(self, path: str, infos: dict | None = None) -> None:
@@ -232,7 +235,7 @@ class M3PORunner(OnPolicyRunner):
         """
         content = read_checkpoint(path, map_location or self.device)
         here = self.description()
-        check_compatible(content, **{k: here[k] for k in ("task", "algorithm", "obs_dims", "num_actions")})
+        check_compatible(path, content, **{k: here[k] for k in ("task", "algorithm", "obs_dims", "num_actions")})
         check_shapes(content, self.alg.save())
         if self.alg.load(content, load_cfg, strict):
             self.current_learning_iteration = content["iter"] + 1

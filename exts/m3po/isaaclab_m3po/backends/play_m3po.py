@@ -113,20 +113,19 @@ def _newest(job: launch.Job) -> Path:
 def _train_cfg(job: launch.Job, checkpoint: Path) -> dict[str, Any]:
     """Runner configuration whose networks are those of the checkpoint.
 
-    The run that wrote the checkpoint may have used other overrides, or another device's preset. Its manifest knows; the
-    command line's own ``agent.`` overrides come on top.
+    The run that wrote the checkpoint may have used other overrides, or another device's preset. A checkpoint of our
+    runner says so itself; the command line's own ``agent.`` overrides come on top.
     """
+    from m3po.runners.checkpoint import read_checkpoint
+
     from ..evaluation_worker import acting_cfg
     from ..overrides import assign, parse_value
 
-    manifest = checkpoint.parent / "run.json"
-    if not manifest.is_file():
-        print(f"[m3po] there is no {manifest.name} beside the checkpoint: its agent is assumed to be {job.agent_entry}")
+    text = read_checkpoint(checkpoint, "cpu").get("m3po", {}).get("agent")
+    if text is None:
+        print(f"[m3po] the checkpoint does not carry its configuration: its agent is assumed to be {job.agent_entry}")
         return acting_cfg(job.train_cfg())
-    try:
-        agent = json.loads(manifest.read_text(encoding="utf-8"))["configuration"]["agent"]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"'{manifest}' is not the manifest of a run ({error}).") from error
+    agent = json.loads(text)
     for token in job.overrides:
         key, text = token.split("=", 1)
         if key.startswith("agent."):
