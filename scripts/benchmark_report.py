@@ -30,7 +30,8 @@ def summarise(record: dict[str, Any], half: float) -> dict[str, float]:
     """Figures of one run; ``area_half`` covers the first ``half`` environment steps.
 
     ``area`` is the mean training reward per step over all environment steps (the area under the learning curve divided
-    by its width): it has no lag, unlike the mean of finished episodes.
+    by its width): it has no lag, unlike the mean of finished episodes. ``ms_per_step`` is the time of one step of 512
+    environments, everything included.
     """
     curve = record["curve"]
     summary = {
@@ -38,7 +39,7 @@ def summarise(record: dict[str, Any], half: float) -> dict[str, float]:
         "area_half": float(curve["mean_step_reward"][curve["env_steps"] <= half].mean()),
         "last": float(curve["mean_step_reward"][-5:].mean()),
         "mean_return": float(curve["mean_return"][-1]),
-        "ms_per_step": float(1000 * np.median(np.diff(curve["seconds"], prepend=0.0)) / (curve["env_steps"][0] / 512)),
+        "ms_per_step": float(1000 * curve["seconds"][-1] / (curve["env_steps"][-1] / 512)),
         "seconds": float(curve["seconds"][-1]),
     }
     for policy, values in record.get("evaluation", {}).items():
