@@ -143,7 +143,7 @@ class MPPIPlanner:
             weights = torch.ones(n, 1, device=mu.device)
             return Plan(mu, mu, torch.zeros(n, device=mu.device), mu.unsqueeze(1), weights, sigma)
         self._allocate(*mu.shape, mu.device)
-        self._buffers["counters"][:, 1] = step
+        self._buffers["counters"][:, 1].fill_(step)
         self.imagination.refresh()
         start = Start(z, mu, sigma, task, env_ids, action_mask)
         if not self.cfg.cuda_graph:
