@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +129,39 @@ def test_humanoid_trains_and_plays(logs: Path) -> None:
     options = ["--num_envs", 4, "--checkpoint", checkpoint, "--output", output]
     script("play.py", "Isaac-Humanoid-v0", logs, *options)
     check_evaluation(output, {"checkpoint": str(checkpoint), "num_episodes": 4})
+
+
+@pytest.mark.sim
+def test_viser_shows_the_simulation_in_a_browser(logs: Path, cartpole_run: Path) -> None:
+    """The live view answers on its port while the policy plays."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("localhost", 8080)) == 0:
+            pytest.skip("port 8080 is taken by another program")
+    options = ["--num_envs", 2, "--num_episodes", 400, "--viz", "viser", "--output", logs / "viser.json", *CPU]
+    checkpoint = cartpole_run / "model_last.pt"
+    command = [
+        sys.executable,
+        REPOSITORY / "scripts/play.py",
+        "--task",
+        "Isaac-Cartpole-v0",
+        "--checkpoint",
+        checkpoint,
+    ]
+    with open(logs / "viser.log", "w") as log:
+        process = subprocess.Popen(
+            [str(part) for part in [*command, *options]], stdout=log, stderr=log, cwd=REPOSITORY, start_new_session=True
+        )
+    try:
+        page, end = "", time.monotonic() + 240
+        while "<html" not in page.lower() and process.poll() is None and time.monotonic() < end:
+            time.sleep(1.0)
+            with contextlib.suppress(OSError), urllib.request.urlopen("http://localhost:8080", timeout=5) as answer:
+                page = answer.read().decode()
+        assert "<html" in page.lower(), (logs / "viser.log").read_text()[-3000:]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.mark.sim
