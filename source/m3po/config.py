@@ -389,14 +389,14 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
     if device.startswith("cpu") and policy_width <= 64:
         return AlgorithmCfg(
             lam=0.95,
-            distill_coef=1.0,
+            distill_coef=0.5,
             world_model=WorldModelCfg(
                 size="micro",
                 task_embedding_dim=8,
                 steps_per_iteration=8,
-                extra_steps=100,
-                batch_size=512,
-                learning_rate=1e-3,
+                extra_steps=120,
+                batch_size=256,
+                learning_rate=2e-3,
             ),
             # Such tasks are learnt in a fraction of their budget: that is when everything is planned.
             planner=PlannerCfg(
@@ -406,7 +406,6 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
                 num_iterations=1,
                 num_elites=4,
                 max_kl=0.5,
-                min_reward_ev=0.5,
                 share=1.0,
                 stages=[[0.3, {"share": 0.1}]],
             ),
