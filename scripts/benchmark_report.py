@@ -54,7 +54,7 @@ def write_report(data: Path) -> str:
     lines = []
     for task, arms in runs.items():
         lines += [f"\n{task}", f"{'arm':24}{'seeds':>6}{'area':>10}{'half':>10}{'last':>10}{'return':>9}"]
-        lines[-1] += f"{'prior':>9}{'planner':>9}{'ms/step':>9}{'seconds':>9}{'area by seed':>34}"
+        lines[-1] += f"{'prior':>9}{'planner':>9}{'ms/step':>9}{'seconds':>9}   seed: area"
         longest = max(r["curve"]["env_steps"][-1] for a in arms.values() for r in a.values() if not r.get("crashed"))
         for arm, seeds in arms.items():
             good = {s: summarise(r, longest / 2) for s, r in seeds.items() if not r.get("crashed")}
@@ -67,7 +67,7 @@ def write_report(data: Path) -> str:
             text = f"{arm:24}{len(good):>6}{mean['area']:>10.4f}{mean['area_half']:>10.4f}{mean['last']:>10.4f}"
             text += f"{mean['mean_return']:>9.2f}{mean['eval_prior']:>9.2f}{mean['eval_planner']:>9.2f}"
             text += f"{mean['ms_per_step']:>9.1f}"
-            text += f"{mean['seconds']:>9.0f}" + "".join(f"{v['area']:>11.4f}" for v in good.values())
+            text += f"{mean['seconds']:>9.0f}" + "".join(f"{seed:>5}: {v['area']:.4f}" for seed, v in good.items())
             crashed = len(seeds) - len(good)
             lines.append(text + (f"  ({crashed} crashed)" if crashed else ""))
         _plot(task, arms, data / f"{task}.png")
