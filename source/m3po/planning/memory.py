@@ -6,6 +6,7 @@ import torch
 
 from m3po.config import MODEL_SIZES, PlannerCfg, WorldModelCfg, planner_at
 from m3po.planning.imagination import CHUNK_ROWS, DTYPES
+from m3po.planning.packed_model import padded
 
 
 def plan_bytes(num_planned: int, action_dim: int, planner: PlannerCfg, model: WorldModelCfg, device: str) -> int:
@@ -15,7 +16,7 @@ def plan_bytes(num_planned: int, action_dim: int, planner: PlannerCfg, model: Wo
     R rows of a chunk and b bytes per number of the chosen precision it is
 
     * per environment ``4 [2 (1 + S) + 2 P + (1 + S + 1 + 2 P + 2) H A + (S + 3) A + 6] + b (Z + W) + 4 W``,
-    * per chunk ``R [b (3 Z + 2 W + p(B + 1) + p(A) + A) + 12]``, where p rounds up to 8,
+    * per chunk ``R [b (3 Z + 2 W + p(B + 1) + p(A) + A) + 12]``, where p rounds up to 8 on CUDA,
     * and on a CPU ``R (4 W + 8)`` for a temporary that the epilogues allocate while they run, and ``4 R max(W, Z, B)``
       for the eager ones' buffer.
 
@@ -32,10 +33,11 @@ def plan_bytes(num_planned: int, action_dim: int, planner: PlannerCfg, model: Wo
     n, a, s, p, h = num_planned, action_dim, planner.num_samples, planner.num_prior_samples, planner.horizon
     latent, width, _ = MODEL_SIZES[model.size]
     b = DTYPES[planner.precision].itemsize
-    rows = max(planner.chunk_rows or CHUNK_ROWS[device.split(":")[0]], 1 + s)
+    kind = device.split(":")[0]
+    rows = max(planner.chunk_rows or CHUNK_ROWS[kind], 1 + s)
     per_env = 4 * (2 * (1 + s) + 2 * p + (1 + s + 1 + 2 * p + 2) * h * a + (s + 3) * a + 6) + b * (latent + width)
-    padded_actions, padded_outputs = -(-a // 8) * 8, -(-(model.num_bins + 1) // 8) * 8
-    per_row = b * (3 * latent + 2 * width + padded_outputs + padded_actions + a) + 12
+    columns = padded(model.num_bins + 1, kind) + padded(a, kind) + a
+    per_row = b * (3 * latent + 2 * width + columns) + 12
     if planner.epilogues != "triton":
         per_row += 4 * width + 8
     if planner.epilogues == "eager":

@@ -68,9 +68,9 @@ class PackedModel:
         self.width, self.action_dim = model.transition[1][0].out_features, model.prior_head[-1].out_features
         self.num_tasks = model.task_embedding.shape[0]
         self.bins = model.two_hot.bins
-        # Rows of whole 16-byte words let a GPU load them at once; the columns beyond are zero.
-        self.input_dim = self.latent_dim + _padded(self.action_dim)
-        self.output_dim = self.latent_dim + _padded(self.num_bins + 1)
+        device = model.task_embedding.device.type
+        self.input_dim = self.latent_dim + padded(self.action_dim, device)
+        self.output_dim = self.latent_dim + padded(self.num_bins + 1, device)
         self._copies: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = []
         self.stale = True
 
@@ -142,8 +142,9 @@ class PackedModel:
         )
 
 
-def _padded(size: int) -> int:
-    return -(-size // 8) * 8
+def padded(columns: int, device: str) -> int:
+    """Columns of a matrix on a type of device: a GPU loads rows of whole 16-byte words at once; what is added is 0."""
+    return -(-columns // 8) * 8 if device == "cuda" else columns
 
 
 def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
