@@ -84,7 +84,8 @@ def _plot(task: str, arms: dict[str, dict[int, dict[str, Any]]], path: Path) -> 
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for arm, colour in COLOURS.items():
-        curves = [r["curve"] for r in arms.get(arm, {}).values() if not r.get("crashed")]
+        seeds = arms.get("m3po", arms.get(arm, {}))  # the same for all arms
+        curves = [r["curve"] for seed, r in arms.get(arm, {}).items() if seed in seeds and not r.get("crashed")]
         if not curves:
             continue
         for axis, x in zip(axes, ("env_steps", "seconds"), strict=True):
