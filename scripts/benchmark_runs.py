@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +26,34 @@ class Finished(NamedTuple):
     """Peak resident set of the largest process of its tree, MiB; a training without evaluations is one process."""
 
 
+# A process counts the memory of the one that forked it, up to its exec. So a small one stands in between, and it is the
+# one that learns the peak from the kernel.
+_WATCH = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    file.write(f"{code} {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}")
+"""
+
+
 def run_python(arguments: list[str]) -> Finished:
     """Run this interpreter in the root of the repository, to the end."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    with process:
-        try:
-            output = process.stdout.read()
-            # instead of Popen.wait, because only the kernel knows the peak, and tells it only whoever reaps the process
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-    return Finished(process.returncode, output, usage.ru_maxrss / 1024)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        process = subprocess.Popen(
+            [sys.executable, "-IS", "-c", _WATCH, str(report), sys.executable, *arguments],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        with process:
+            try:
+                output = process.stdout.read()
+                process.wait()
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        code, peak = report.read_text().split()
+    return Finished(int(code), output, int(peak) / 1024)
