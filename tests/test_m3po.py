@@ -11,8 +11,9 @@ from rsl_rl.runners import OnPolicyRunner
 from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms import M3PO
-from m3po.config import AlgorithmCfg, from_dict, paper_preset, validate
+from m3po.config import AlgorithmCfg, from_dict, validate
 from m3po.errors import CheckpointError, UserError
+from m3po.presets import paper_preset
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
 from m3po.runners.episode_statistics import EpisodeStatistics

@@ -13,8 +13,9 @@ from conftest import run_process
 
 from isaaclab_m3po.manifest import git_revision, jsonable, package_versions
 from isaaclab_m3po.overrides import assign, parse_value
-from m3po.config import AlgorithmCfg, default_preset, from_dict
+from m3po.config import AlgorithmCfg, from_dict
 from m3po.errors import UserError
+from m3po.presets import default_preset
 
 FACTS = """
 import contextlib, copy, io, json, sys, warnings

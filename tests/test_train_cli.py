@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, Result, run_process
 
-from m3po.config import default_preset
+from m3po.presets import default_preset
 
 # Many command lines in one process, because each costs the start of Isaac Lab. The asset root is fixed from outside:
 # a process can choose its assets only once, and none of these lines gets as far as loading any.

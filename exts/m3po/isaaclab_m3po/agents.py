@@ -24,11 +24,10 @@ from m3po.config import (
     BonusCfg,
     PlannerCfg,
     WorldModelCfg,
-    default_preset,
     from_dict,
-    paper_preset,
 )
 from m3po.errors import UserError
+from m3po.presets import default_preset, paper_preset
 
 CPU_NUM_ENVS = 512
 """Environments of a run on the CPU, unless the command line says otherwise."""

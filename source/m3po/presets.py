@@ -1,0 +1,97 @@
+"""The two modes of one code path, as values of the same fields, sized for the device."""
+
+from __future__ import annotations
+
+from m3po.config import AlgorithmCfg, BonusCfg, PlannerCfg, WorldModelCfg
+
+
+def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
+    """Default mode: the algorithm with the settlements that paid in measurements, sized for the device.
+
+    Args:
+        device: Torch device name; a CPU gets a smaller model and planner.
+        policy_width: Widest hidden layer of the task's policy. On a CPU the model is sized after it, so that planning
+            costs about as much as the task's own physics and policy.
+    """
+    if device.startswith("cpu") and policy_width <= 64:
+        return AlgorithmCfg(
+            lam=0.95,
+            distill_coef=0.5,
+            world_model=WorldModelCfg(
+                size="micro",
+                task_embedding_dim=8,
+                steps_per_iteration=8,
+                extra_steps=120,
+                batch_size=256,
+                learning_rate=2e-3,
+            ),
+            # Such tasks are learnt in a fraction of their budget: that is when everything is planned.
+            planner=PlannerCfg(
+                horizon=8,
+                num_samples=4,
+                num_prior_samples=0,
+                num_iterations=1,
+                num_elites=4,
+                max_kl=0.5,
+                share=1.0,
+                stages=[[0.3, {"share": 0.1}]],
+            ),
+        )
+    if device.startswith("cpu"):
+        return AlgorithmCfg(
+            distill_coef=0.2,
+            world_model=WorldModelCfg(
+                size="tiny", task_embedding_dim=8, steps_per_iteration=28, batch_size=256, learning_rate=2e-3
+            ),
+            planner=PlannerCfg(
+                horizon=4, num_samples=16, num_prior_samples=2, num_iterations=1, num_elites=16, share=0.5
+            ),
+        )
+    return AlgorithmCfg(
+        world_model=WorldModelCfg(steps_per_iteration=28, batch_size=4096),
+        planner=PlannerCfg(kernels="warp", epilogues="compiled", precision="bfloat16"),
+    )
+
+
+def paper_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
+    """Paper mode: mean centring, the prior's ratio, every environment planned with TD-MPC2's budget.
+
+    Args:
+        device: Torch device name; a CPU gets a smaller model and fewer candidates, or one step would take minutes.
+        policy_width: Widest hidden layer of the task's policy; the paper sizes its model independently of it.
+    """
+    cpu = device.startswith("cpu")
+    return AlgorithmCfg(
+        lam=0.95,
+        learning_rate=3e-4,
+        critic_min_learning_rate=0.0,
+        schedule="fixed",
+        ratio="prior",
+        advantage="vtrace",
+        distill_coef=0.0,
+        world_model=WorldModelCfg(
+            size="tiny" if cpu else "5M",
+            dynamics="plain",
+            value_target="returns",
+            horizon=3,
+            ring_transitions=0,
+            steps_per_iteration=16 if cpu else 64,
+            batch_size=256 if cpu else 1024,
+            encoder_lr_scale=0.3,
+            consistency_coef=20.0,
+            reward_coef=0.1,
+        ),
+        planner=PlannerCfg(
+            temperature=0.5,
+            horizon=3,
+            num_samples=32 if cpu else 512,
+            num_prior_samples=4 if cpu else 24,
+            num_iterations=1 if cpu else 6,
+            num_elites=8 if cpu else 64,
+            share=1.0,
+            execution="mppi",
+            min_skill=None,
+            min_reward_ev=None,
+        ),
+        bonus=BonusCfg(alpha=1.0, anneal_fraction=1.0, centering="mean"),
+    )
