@@ -8,6 +8,7 @@ hyper-parameters) in plain torch; it is not the authors' code, which ``--tdmpc2 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Inputs:
         return self.z.shape[0]
 
 
-class Contestant:
+class Contestant(ABC):
     """One planner, built for a number of environments."""
 
     notes: str = ""
@@ -71,17 +72,17 @@ class Contestant:
     budget: Budget
     """What it really searches, read back from the planner where it can be."""
 
+    @abstractmethod
     def plan(self, x: Inputs) -> torch.Tensor:
         """Plan once. Returns the actions to execute, shape (n, A)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def returns(self, x: Inputs, actions: torch.Tensor) -> torch.Tensor | None:
         """Predicted returns (n, S) of candidates (n, S, H, A); ``None`` where the networks are not ours."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gemms(self, n: int) -> list[Gemm]:
         """Matrix products of a plan of n environments."""
-        raise NotImplementedError
 
     def memory(self, n: int) -> int | None:
         """Bytes that a plan of n environments is known to need; ``None`` where only a measurement tells."""

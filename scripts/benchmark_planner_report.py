@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -27,13 +26,7 @@ SPEEDUPS = {"float32": {16: 2.5, 256: 3.5}, "bfloat16": {16: 5.0, 256: 7.5}}
 
 def versions() -> dict[str, str | None]:
     """Versions of everything that decides a time."""
-    found = package_versions()
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return package_versions(PACKAGES)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

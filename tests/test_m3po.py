@@ -289,3 +289,38 @@ def test_success_is_the_tasks_rate_and_stale_logs_count_once():
     assert result["mean_length"] == 2.0
     assert result["episodes"] == 2
     assert result["mean_step_reward"] == 20.0 / 8
+
+
+def test_the_planner_uses_what_the_model_has_just_learnt_or_loaded():
+    """It plans with copies of the weights; training and loading must reach them without being told."""
+    run = train(runner_cfg(planner=OPEN), 2)
+    algorithm, obs = run.alg, run.env.get_observations()
+    act = torch.inference_mode()(algorithm.act)
+    packed, head = algorithm.behaviour.imagination.model, algorithm.model.value_head[-1]
+    act(obs)
+    assert torch.equal(packed.value.weight, head.weight)
+    earlier, state = head.weight.clone(), copy.deepcopy(algorithm.save())
+    algorithm.storage.clear()
+    run.learn(1)
+    act(obs)
+    assert torch.equal(packed.value.weight, head.weight)
+    assert not torch.equal(head.weight, earlier)
+    algorithm.load(state, None, True)
+    act(obs)
+    assert torch.equal(packed.value.weight, earlier)
+
+
+def test_stages_change_the_planned_share_during_training(tmp_path):
+    cfg = runner_cfg(planner={**OPEN, "share": 1.0, "stages": [[0.5, {"share": 0.25}]]})
+    train(cfg, 4, str(tmp_path))  # max_iterations is 4
+    with open(tmp_path / "progress.csv", encoding="utf-8") as file:
+        assert [float(r["planner/share"]) for r in csv.DictReader(file)] == [1.0, 1.0, 0.25, 0.25]
+
+
+def test_extra_model_steps_fall_to_none():
+    cfg = runner_cfg(world_model={"steps_per_iteration": 2, "extra_steps": 4, "extra_iterations": 2})
+    run = M3PORunner(PointEnv(16), cfg, log_dir=None, device="cpu")
+    sample, counts = run.alg.ring.sample, []
+    run.alg.ring.sample = lambda *args: counts.append(run.alg.iteration) or sample(*args)
+    run.learn(3)
+    assert [counts.count(i) for i in range(3)] == [2 + 4, 2 + 2, 2]

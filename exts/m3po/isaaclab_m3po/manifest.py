@@ -73,10 +73,10 @@ def write_manifest(job: Job, run_dir: Path) -> dict[str, Any]:
     return manifest
 
 
-def package_versions() -> dict[str, str | None]:
-    """Versions of Python and of the distributions that decide a result; ``None`` where one is not installed."""
+def package_versions(more: tuple[str, ...] = ()) -> dict[str, str | None]:
+    """Versions of Python, of the distributions that decide a result, and of more; ``None`` where not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -74,6 +74,7 @@ class Behaviour:
         self.generator = torch.Generator(device=task_ids.device).manual_seed(seed)
         self.num_envs = task_ids.shape[0]
         self._schedule = cfg
+        self.cfg: PlannerCfg | None = None
         self.set_progress(0.0)
         self.first_planned = 0
         self.step = 0
@@ -82,7 +83,7 @@ class Behaviour:
     def set_progress(self, progress: float) -> None:
         """Take the planner's budget of this share of the training iterations from its schedule."""
         cfg = planner_at(self._schedule, progress)
-        if getattr(self, "cfg", None) != cfg:
+        if self.cfg != cfg:
             self.cfg = cfg
             self.planner = MPPIPlanner(self.imagination, cfg, self.seed)
             self.num_planned = round(cfg.share * self.num_envs) if cfg.num_iterations > 0 else 0

@@ -338,6 +338,7 @@ class M3PO:
         for network in (self.actor, self.critic, self.model):
             for tensor in network.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
+        self.behaviour.imagination.model_changed()
 
     @staticmethod
     def construct_algorithm(obs: TensorDict, env: VecEnv, cfg: dict[str, Any], device: str) -> M3PO:

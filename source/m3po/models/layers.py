@@ -8,6 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+LATENT_FLOOR = 1e-3
+"""Keeps latent dimensions that are nearly off within reach of a residual update."""
+
+LOGIT_BOUND = 20.0
+"""Bound on latent logits, far beyond saturation."""
+
 
 class SimNorm(nn.Module):
     """Softmax over groups of latent dimensions, so that every group lies on a simplex."""
@@ -30,7 +36,7 @@ class SimNorm(nn.Module):
         Returns:
             Latent, shape (..., Z).
         """
-        weight = logits.clamp(-20.0, 20.0).exp()
+        weight = logits.clamp(-LOGIT_BOUND, LOGIT_BOUND).exp()
         if base is not None:
             weight = weight * base
         grouped = weight.unflatten(-1, (-1, self.group_size))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from m3po.config import MODEL_SIZES, WorldModelCfg
-from m3po.models.layers import SimNorm, head, trunk
+from m3po.models.layers import LATENT_FLOOR, SimNorm, head, trunk
 from m3po.models.normalizers import RewardStatistics, TaskNormalizer
 from m3po.models.two_hot import TwoHot
 
@@ -80,7 +80,7 @@ class WorldModel(nn.Module):
         """
         features = self.transition(torch.cat([z, action, e], dim=-1))
         update = self.latent_head(features)
-        z_next = self.simnorm(update, base=z + 1e-3 if self.residual else None)
+        z_next = self.simnorm(update, base=z + LATENT_FLOOR if self.residual else None)
         return z_next, self.reward_head(features), self.termination_head(features).squeeze(-1)
 
     def value_logits(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:

@@ -10,15 +10,15 @@ from m3po.planning.packed_model import padded
 
 
 def plan_bytes(num_planned: int, action_dim: int, planner: PlannerCfg, model: WorldModelCfg, device: str) -> int:
-    """Bytes of all buffers of a plan, and of what the eager epilogues allocate on top while they run.
+    """Bytes of all buffers of a plan, and of what epilogues other than Triton's allocate on top while they run.
 
     With n environments, S samples, P of them from the prior, horizon H, A action dimensions, latent Z, width W, B bins,
     R rows of a chunk and b bytes per number of the chosen precision it is
 
     * per environment ``4 [2 (1 + S) + 2 P + (1 + S + 1 + 2 P + 2) H A + (S + 3) A + 6] + b (Z + W) + 4 W``,
     * per chunk ``R [b (3 Z + 2 W + p(B + 1) + p(A) + A) + 12]``, where p rounds up to 8 on CUDA,
-    * and on a CPU ``R (4 W + 8)`` for a temporary that the epilogues allocate while they run, and ``4 R max(W, Z, B)``
-      for the eager ones' buffer.
+    * and without Triton's epilogues ``R (4 W + 8)`` for a temporary that they allocate while they run, and
+      ``4 R max(W, Z, B)`` for the eager ones' buffer.
 
     Args:
         num_planned: Environments that are planned together, n.
