@@ -91,7 +91,8 @@ bootstrap() {
         local pip=("$venv/bin/python" -m pip --disable-pip-version-check install --no-input)
         step "creating the environment" "$python" -m venv "$venv"
         echo incomplete >"$state"
-        step "installing the locked packages" "${pip[@]}" --require-hashes --requirement requirements.txt
+        # the lock is complete, and some packages of it declare older pins than those that work together
+        step "installing the locked packages" "${pip[@]}" --no-deps --require-hashes --requirement requirements.txt
         step "installing m3po" "${pip[@]}" --no-deps --no-build-isolation --editable .
     fi
     step "building the embedded assets" \

@@ -1,0 +1,1 @@
+"""Environments: task suites, and the composition of several tasks into one batch."""

@@ -1,0 +1,125 @@
+"""Task suites: where environments come from. A package offers one through the entry-point group ``m3po.suites``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+from rsl_rl.env import VecEnv
+
+from m3po.errors import UserError
+
+GROUP = "m3po.suites"
+"""Entry points of this group name objects that satisfy :class:`Suite`."""
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What is known of a task before anything is started."""
+
+    name: str
+    """Name on the command line."""
+
+    obs_dim: int | None
+    """Observation dimensions; ``None`` where only the simulation knows."""
+
+    action_dim: int | None
+    """Action dimensions; ``None`` where only the simulation knows."""
+
+    episode_length: int
+    """Longest episode, decision steps."""
+
+    score_range: tuple[float, float] | None = None
+    """Episode returns that mean a normalised score of 0 and of 1; ``None`` where nobody defined them."""
+
+    reports_success: bool = False
+    """Whether ``extras["success"]`` holds the success of the episodes that end in a step, (N,); it is the score then."""
+
+
+class Suite(Protocol):
+    """A family of tasks with one backend."""
+
+    name: str
+    """Name of the suite, for messages and ``--list``."""
+
+    own_process: bool
+    """Whether each of its tasks needs a process of its own, as simulators with global state do."""
+
+    def tasks(self) -> list[str]:
+        """Names of all tasks; cheap, and works where the backend is not installed."""
+
+    def sets(self) -> dict[str, tuple[str, ...]]:
+        """Named task sets, which may contain tasks of other suites."""
+
+    def resolve(self, name: str) -> str | None:
+        """The task that a typed name means (aliases, old names), or ``None`` if it is not of this suite."""
+
+    def missing(self) -> str | None:
+        """The command that installs the backend, or ``None`` where it is installed."""
+
+    def info(self, task: str) -> TaskInfo:
+        """What is known of a task."""
+
+    def make(self, task: str, num_envs: int, *, seed: int, device: str, **options: Any) -> VecEnv:
+        """Create a batch of environments of a task."""
+
+
+@cache
+def suites() -> dict[str, Suite]:
+    """All installed suites by name."""
+    found = [entry.load() for entry in importlib.metadata.entry_points(group=GROUP)]
+    return {suite.name: suite for suite in sorted(found, key=lambda suite: suite.name)}
+
+
+def named_sets() -> dict[str, tuple[str, ...]]:
+    """All named task sets."""
+    return {name: tasks for suite in suites().values() for name, tasks in suite.sets().items()}
+
+
+def find_task(name: str) -> tuple[Suite, str]:
+    """Suite and canonical name of a task.
+
+    Raises:
+        UserError: If no suite knows the task (names the closest ones), or its backend is not installed.
+    """
+    for suite in suites().values():
+        task = suite.resolve(name)
+        if task is not None:
+            command = suite.missing()
+            if command is not None:
+                raise UserError(f"task '{name}' needs {suite.name}, which is not installed: {command}")
+            return suite, task
+    known = {known.lower(): known for known in _known_names()}
+    close = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.5)
+    names = ", ".join(known[match] for match in close)
+    hint = f"Closest: {names}." if names else "scripts/list_tasks.py lists all."
+    raise UserError(f"unknown task '{name}'. {hint}")
+
+
+def _known_names() -> Iterable[str]:
+    for suite in suites().values():
+        yield from suite.tasks()
+    yield from named_sets()
+
+
+def expand(text: str) -> list[str]:
+    """Task names of a comma-separated list of tasks and sets, in order.
+
+    Raises:
+        UserError: If a name is empty or a task is named twice.
+    """
+    names: list[str] = []
+    for part in text.split(","):
+        part = part.strip()
+        if not part:
+            raise UserError(f"empty task name in '{text}'.")
+        names.extend(named_sets().get(part, (part,)))
+    canonical = [find_task(name)[1] for name in names]
+    twice = sorted({name for name in canonical if canonical.count(name) > 1})
+    if twice:
+        raise UserError(f"tasks named more than once in '{text}': {', '.join(twice)}.")
+    return canonical
