@@ -75,9 +75,9 @@ def replay(rollouts: list[dict[str, torch.Tensor]], cfg: WorldModelCfg, seed: in
     learner = ModelLearner(
         model,
         flatten_obs=lambda obs: obs["obs"],
-        policy_mean=lambda obs: torch.zeros(obs.batch_size[0], num_actions),
-        policy_std=lambda: torch.ones(num_actions),
-        critic=lambda obs: torch.zeros(obs.batch_size[0]),
+        policy=lambda obs: (torch.zeros(obs.batch_size[0], num_actions), torch.ones(obs.batch_size[0], num_actions)),
+        critic=lambda obs, task: torch.zeros(obs.batch_size[0]),
+        action_mask=torch.ones(1, num_actions, dtype=torch.bool),
     )
     history, seconds = [], 0.0
     for rollout in rollouts:
@@ -86,7 +86,8 @@ def replay(rollouts: list[dict[str, torch.Tensor]], cfg: WorldModelCfg, seed: in
         for name in FIELDS:
             getattr(storage, name).copy_(rollout[name])
         ring.add(storage)
-        history.append(learner.measure(ring.newest(cfg.horizon)))
+        quality = learner.measure(ring.newest(cfg.horizon))
+        history.append({name: value.item() for name, value in quality.items()})
         task = storage.task.flatten()
         model.obs_normalizer.update(rollout["obs"].flatten(0, 1), task)
         model.rewards.update(rollout["rewards"].flatten(), rollout["terminated"].flatten(), task)

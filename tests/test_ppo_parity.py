@@ -78,7 +78,7 @@ def test_zero_planner_iterations_reproduce_the_prior_bit_for_bit():
             algorithm.update()
         # The planner itself, not only the shortcut that skips it.
         decision = algorithm.behaviour.prior(obs)
-        algorithm.behaviour.num_planned = 32
+        algorithm.behaviour.planned_ids = torch.arange(32)
         improved = algorithm.behaviour.improve(obs, decision)
         if planner["share"]:
             assert torch.equal(improved.actions, decision.actions)

@@ -38,8 +38,14 @@ def build(**overrides):
     torch.manual_seed(0)
     cfg = WorldModelCfg(size="tiny", task_embedding_dim=4, learning_rate=3e-3, value_target="returns", **overrides)
     model = WorldModel(2, 2, 1, cfg)
-    zero = lambda obs: torch.zeros(obs.batch_size[0], 2)  # noqa: E731
-    learner = ModelLearner(model, lambda o: o["policy"], zero, lambda: torch.ones(2), lambda o: zero(o)[:, 0])
+    zero, one = (lambda obs, x=x: torch.full((obs.batch_size[0], 2), x) for x in (0.0, 1.0))
+    learner = ModelLearner(
+        model,
+        lambda obs: obs["policy"],
+        lambda obs: (zero(obs), one(obs)),
+        lambda obs, task: zero(obs)[:, 0],
+        torch.ones(1, 2, dtype=torch.bool),
+    )
     return model, learner
 
 
@@ -62,7 +68,7 @@ def test_the_dynamics_learns_from_consistency_and_the_target_does_not():
 
 def test_the_policys_gradient_does_not_enter_the_encoder():
     model, learner = build()
-    learner.policy_mean = lambda obs: obs["policy"]
+    learner.policy = lambda obs: (obs["policy"], torch.ones_like(obs["policy"]))
     learner.losses(sequences())["prior"].backward()
     assert model.encoder[-1].weight.grad is None
     assert model.prior_head[-1].weight.grad.abs().sum() > 0
@@ -132,6 +138,15 @@ def test_class_balance_is_undone_by_the_base_rate():
 def test_explained_variance():
     target = torch.tensor([1.0, 2.0, 3.0, 100.0])
     mask = torch.tensor([True, True, True, False])
-    assert explained_variance(target + 5.0, target, mask) == 1.0
-    assert explained_variance(torch.full((4,), 2.0), target, mask) == 0.0
-    assert explained_variance(target, torch.ones(4), mask) == 0.0
+    task = torch.zeros(4, dtype=torch.long)
+    assert explained_variance(target + 5.0, target, mask, task, 1) == 1.0
+    assert explained_variance(torch.full((4,), 2.0), target, mask, task, 1) == 0.0
+    assert explained_variance(target, torch.ones(4), mask, task, 1) == 0.0
+
+
+def test_explained_variance_keeps_tasks_apart():
+    target = torch.tensor([1.0, 2.0, 3.0, 1000.0, 2000.0, 0.0])
+    predicted = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0])
+    task = torch.tensor([0, 0, 0, 1, 1, 2])
+    mask = torch.ones(6, dtype=torch.bool)
+    torch.testing.assert_close(explained_variance(predicted, target, mask, task, 4), torch.tensor([1.0, 0.0, 0.0, 0.0]))

@@ -221,6 +221,10 @@ class AlgorithmCfg:
     use_clipped_value_loss: bool = True
     """Clip the critic's update as PPO2 does."""
 
+    normalize_values: bool = False
+    """The critic works in units of the task's ``RMS(reward) / (1 - gamma)`` instead of reward units, so that several
+    tasks weigh the same; a single task whose rewards are already scaled does not need it."""
+
     schedule: str = "adaptive"
     """``adaptive``: the policy's rate follows :attr:`desired_kl`; ``fixed``."""
 

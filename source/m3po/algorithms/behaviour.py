@@ -9,8 +9,10 @@ import torch
 from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
+from m3po.algorithms.tasks import Tasks
 from m3po.config import PlannerCfg, planner_at
 from m3po.models import WorldModel
+from m3po.models.task_policy import task_of
 from m3po.planning import Imagination, MPPIPlanner
 from m3po.planning.trust_region import draw_elite, gaussian_log_prob
 
@@ -53,8 +55,7 @@ class Behaviour:
         model: WorldModel,
         encode_obs: Callable[[TensorDict], torch.Tensor],
         cfg: PlannerCfg,
-        gamma: float,
-        task_ids: torch.Tensor,
+        tasks: Tasks,
         seed: int,
     ) -> None:
         """Bind the behaviour to a policy and a model.
@@ -64,21 +65,22 @@ class Behaviour:
             model: World model.
             encode_obs: Observation groups -> the model's observation vector, (..., O).
             cfg: Planner.
-            gamma: Discount per step.
-            task_ids: Task of each environment, (N,).
+            tasks: Tasks of the environments.
             seed: Seed of the planner's noise.
         """
         self.actor, self.model, self.encode_obs = actor, model, encode_obs
-        self.task_ids, self.seed = task_ids, seed
-        self.imagination = Imagination(model, cfg, gamma)
-        self.generator = torch.Generator(device=task_ids.device).manual_seed(seed)
-        self.num_envs = task_ids.shape[0]
+        self.tasks, self.seed = tasks, seed
+        self.imagination = Imagination(model, cfg, tasks.discounts)
+        self.generator = torch.Generator(device=tasks.ids.device).manual_seed(seed)
+        self.step = 0
+        self._rows = [(tasks.ids == k).nonzero().squeeze(-1) for k in range(tasks.count)]
+        self._first = [0] * tasks.count
+        open_gate = cfg.min_skill is None and cfg.min_reward_ev is None
+        self.planner_on = torch.full((tasks.count,), open_gate)
+        """Whether each task is planned, (K,), on the host."""
         self._schedule = cfg
         self.cfg: PlannerCfg | None = None
         self.set_progress(0.0)
-        self.first_planned = 0
-        self.step = 0
-        self.planner_on = cfg.min_skill is None and cfg.min_reward_ev is None
 
     def set_progress(self, progress: float) -> None:
         """Take the planner's budget of this share of the training iterations from its schedule."""
@@ -86,7 +88,21 @@ class Behaviour:
         if self.cfg != cfg:
             self.cfg = cfg
             self.planner = MPPIPlanner(self.imagination, cfg, self.seed)
-            self.num_planned = round(cfg.share * self.num_envs) if cfg.num_iterations > 0 else 0
+            self._choose()
+
+    def _planned(self, task: int) -> int:
+        """Number of environments of a task that are planned."""
+        if self.cfg.num_iterations == 0 or not self.planner_on[task]:
+            return 0
+        return round(self.cfg.share * len(self._rows[task]))
+
+    def _choose(self) -> None:
+        """Set :attr:`planned_ids`, the environments that are planned until the next call."""
+        parts = []
+        for k, rows in enumerate(self._rows):
+            offset = torch.arange(self._planned(k), device=rows.device)
+            parts.append(rows[(self._first[k] + offset) % max(1, len(rows))])
+        self.planned_ids = torch.cat(parts)
 
     def prior(self, obs: TensorDict) -> Decision:
         """Sample the policy prior in all environments, exactly as rsl_rl's PPO does."""
@@ -99,11 +115,10 @@ class Behaviour:
 
     def improve(self, obs: TensorDict, prior: Decision) -> Decision:
         """Replace the prior's actions by planned ones in this rollout's share of the environments."""
-        device = self.task_ids.device
-        ids = (self.first_planned + torch.arange(self.num_planned, device=device)) % self.num_envs
-        mu, sigma, task = prior.mean[ids], prior.std[ids], self.task_ids[ids]
+        ids = self.planned_ids
+        mu, sigma, task = prior.mean[ids], prior.std[ids], self.tasks.ids[ids]
         z = self.model.encode(self.encode_obs(obs)[ids], task)
-        plan = self.planner.plan(z, mu, sigma, task, ids, self.step)
+        plan = self.planner.plan(z, mu, sigma, task, ids, self.step, self._mask(task))
         if self.cfg.execution == "projected":
             m = self._accept(plan.gain, mu, plan.projected)
             # The prior's own draw is kept, only its mean moves: zero iterations change nothing, bit for bit.
@@ -126,13 +141,36 @@ class Behaviour:
         )
 
     def rotate(self) -> None:
-        """Move on to the next share of the environments; called once per rollout."""
-        self.first_planned = (self.first_planned + self.num_planned) % self.num_envs
+        """Move on to the next share of the environments of each task; called once per rollout, after :meth:`gate`."""
+        for k, rows in enumerate(self._rows):
+            self._first[k] = (self._first[k] + self._planned(k)) % max(1, len(rows))
+        self._choose()
 
-    def gate(self, skill: float, reward_ev: float) -> None:
-        """Switch the planner on while the model is good enough, given its held-out skill and explained variance."""
-        thresholds = ((skill, self.cfg.min_skill), (reward_ev, self.cfg.min_reward_ev))
-        self.planner_on = all(least is None or value >= least for value, least in thresholds)
+    def gate(self, skill: torch.Tensor, reward_ev: torch.Tensor) -> None:
+        """Switch the planner on in the tasks whose model is good enough.
+
+        Args:
+            skill: Held-out skill over "no change" of each task, (K,).
+            reward_ev: Explained variance of the reward of each task, (K,).
+        """
+        self.planner_on = torch.ones_like(self.planner_on)
+        for value, least in ((skill, self.cfg.min_skill), (reward_ev, self.cfg.min_reward_ev)):
+            if least is not None:
+                self.planner_on &= value.cpu() >= least
+        self._choose()
+
+    def state(self) -> dict[str, list]:
+        """What :meth:`restore` needs, as plain values."""
+        return {"first_planned": self._first, "planner_on": self.planner_on.tolist()}
+
+    def restore(self, first_planned: list[int], planner_on: list[bool]) -> None:
+        """Go on from :meth:`state`."""
+        self._first, self.planner_on = list(first_planned), torch.tensor(planner_on)
+        self._choose()
+
+    def _mask(self, task: torch.Tensor) -> torch.Tensor | None:
+        """Valid action dimensions of tasks (n,), shape (n, A); ``None`` for a single task, which has them all."""
+        return self.tasks.action_mask[task] if self.tasks.count > 1 else None
 
     def planner_policy(self) -> Callable[[TensorDict], torch.Tensor]:
         """A noise-free policy that plans in every environment: observations, batch size (n,) -> actions (n, A)."""
@@ -145,8 +183,9 @@ class Behaviour:
             decision = self.prior(obs)
             mu, sigma = decision.mean, decision.std
             ids = torch.arange(mu.shape[0], device=mu.device)
-            task = self.task_ids[: mu.shape[0]]
-            plan = self.planner.plan(self.model.encode(self.encode_obs(obs), task), mu, sigma, task, ids, step)
+            task = task_of(obs)
+            z = self.model.encode(self.encode_obs(obs), task)
+            plan = self.planner.plan(z, mu, sigma, task, ids, step, self._mask(task))
             step += 1
             if self.cfg.execution == "mppi":
                 return plan.mean

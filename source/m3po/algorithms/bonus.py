@@ -17,7 +17,7 @@ def value_gap(
     next_obs: torch.Tensor,
     terminated: torch.Tensor,
     task: torch.Tensor,
-    gamma: float,
+    gamma: torch.Tensor,
 ) -> torch.Tensor:
     """Equations (4)-(6): ``eps = abs(Q_mf - Q_mb)`` in reward units.
 
@@ -31,7 +31,7 @@ def value_gap(
         next_obs: Observations before any reset, shape (B, O).
         terminated: True terminations, shape (B,), boolean.
         task: Task ids, shape (B,).
-        gamma: Discount.
+        gamma: Discounts, shape (B,).
 
     Returns:
         The gap, shape (B,), reward units.

@@ -10,9 +10,11 @@ from rsl_rl.models import MLPModel
 from rsl_rl.utils import resolve_class, resolve_obs_groups
 from tensordict import TensorDict
 
+from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg, from_dict, validate
 from m3po.errors import UserError
 from m3po.models import WorldModel
+from m3po.models.task_policy import TaskMLPModel
 from m3po.planning.memory import check_memory
 
 
@@ -51,30 +53,41 @@ def model_obs_groups(obs: TensorDict, obs_groups: dict[str, list[str]]) -> list[
 
 
 def build_networks(
-    obs: TensorDict, env: VecEnv, train_cfg: dict[str, Any], cfg: AlgorithmCfg, device: str
+    obs: TensorDict, env: VecEnv, train_cfg: dict[str, Any], cfg: AlgorithmCfg, tasks: Tasks, device: str
 ) -> tuple[MLPModel, MLPModel, WorldModel, list[str]]:
     """Build policy prior, critic and world model, sized from the environment's spaces.
 
-    Policy and critic are rsl_rl's own models, so that they match PPO's in every detail.
+    For a single task, policy and critic are rsl_rl's own models, so that they match PPO's in every detail. For several,
+    they share one table of task embeddings with the world model.
 
     Returns:
         Actor, critic, world model, and the observation groups of the world model.
     """
     train_cfg["obs_groups"] = resolve_obs_groups(obs, train_cfg["obs_groups"], ["actor", "critic"])
     groups = train_cfg["obs_groups"]
-    actor_class, actor_cfg = resolve_class(train_cfg["actor"])
-    critic_class, critic_cfg = resolve_class(train_cfg["critic"])
-    actor = actor_class(obs, groups, "actor", env.num_actions, **actor_cfg).to(device)
-    critic = critic_class(obs, groups, "critic", 1, **critic_cfg).to(device)
+    networks = []
+    for name, outputs in (("actor", env.num_actions), ("critic", 1)):
+        network_class, network_cfg = resolve_class(train_cfg[name])
+        if tasks.count > 1:
+            if network_class is not MLPModel:
+                raise UserError(f"the {name} of several tasks must be an MLPModel, got {network_class.__name__}.")
+            network_class = TaskMLPModel
+            network_cfg |= {
+                "action_mask": tasks.action_mask.cpu(),
+                "embedding_dim": cfg.world_model.task_embedding_dim,
+            }
+        networks.append(network_class(obs, groups, name, outputs, **network_cfg).to(device))
+    actor, critic = networks
     if actor.is_recurrent or critic.is_recurrent:
         raise UserError("M3PO's policy and critic must not be recurrent; train this task with --algo ppo.")
     if actor.distribution is None or not hasattr(actor.distribution, "std_range"):
         raise UserError("M3PO's policy must have a Gaussian distribution (actor.distribution_cfg).")
     model_groups = model_obs_groups(obs, groups)
     obs_dim = sum(obs[group].shape[-1] for group in model_groups)
-    num_tasks = getattr(env, "num_tasks", 1)
     # The world model draws its initial weights from a stream of its own: adding it must not change the policy's.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train_cfg.get("seed", 0) + 1)
-        model = WorldModel(obs_dim, env.num_actions, num_tasks, cfg.world_model).to(device)
+        model = WorldModel(obs_dim, env.num_actions, tasks.count, cfg.world_model).to(device)
+    if tasks.count > 1:
+        actor.task_embedding = critic.task_embedding = model.task_embedding
     return actor, critic, model, model_groups

@@ -18,15 +18,17 @@ from rsl_rl.env import VecEnv
 from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
+from m3po.algorithms.advantage_estimator import AdvantageEstimator
 from m3po.algorithms.behaviour import Behaviour
 from m3po.algorithms.bonus import add_bonus, annealed_alpha, centre, value_gap
 from m3po.algorithms.construction import build_networks, check_cfg, parse_algorithm_cfg
 from m3po.algorithms.model_learning import ModelLearner, explained_variance
 from m3po.algorithms.policy_learning import PolicyLearner
-from m3po.algorithms.returns import gae, vtrace
+from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg
 from m3po.errors import UserError
 from m3po.models import WorldModel
+from m3po.models.task_policy import TaskGaussian, task_of
 from m3po.stopwatch import Stopwatch
 from m3po.storage import RolloutRing, RolloutStorage
 
@@ -45,7 +47,7 @@ class M3PO:
         *,
         max_iterations: int = 1000,
         seed: int = 0,
-        task_ids: torch.Tensor | None = None,
+        tasks: Tasks | None = None,
         device: str = "cpu",
     ) -> None:
         """Assemble the algorithm; :meth:`construct_algorithm` does it from an environment.
@@ -59,7 +61,7 @@ class M3PO:
             cfg: Configuration.
             max_iterations: Training iterations that schedules refer to.
             seed: Seed of the planner's noise.
-            task_ids: Task of each environment, (N,); all 0 by default.
+            tasks: Tasks of the environments; a single one by default.
             device: Torch device.
         """
         self.cfg, self.device = cfg, device
@@ -68,18 +70,17 @@ class M3PO:
         self.max_iterations = max_iterations
         self.iteration = 0
         num_envs, num_steps = storage.num_envs, storage.num_steps
-        task_ids = torch.zeros(num_envs, dtype=torch.long, device=device) if task_ids is None else task_ids
-        self.behaviour = Behaviour(actor, model, self.model_obs, cfg.planner, cfg.gamma, task_ids, seed)
+        self.tasks = tasks or Tasks.single(num_envs, storage.actions.shape[-1], cfg.gamma, device)
+        self.behaviour = Behaviour(actor, model, self.model_obs, cfg.planner, self.tasks, seed)
+        self.estimator = AdvantageEstimator(critic, model, self.model_obs, self.tasks, cfg)
         num_rollouts = max(1, round(cfg.world_model.ring_transitions / (num_envs * num_steps)))
         self.ring = RolloutRing(storage, num_rollouts, seed)
-        self.policy_learner = PolicyLearner(actor, critic, cfg)
+        self.policy_learner = PolicyLearner(actor, critic, cfg, self.estimator.units)
         self.model_learner = ModelLearner(
-            model,
-            flatten_obs=self.model_obs,
-            policy_mean=actor,
-            policy_std=lambda: actor.output_std.view(-1, actor.output_std.shape[-1])[0],
-            critic=lambda obs: critic(obs).squeeze(-1),
+            model, self.model_obs, self._policy, self.estimator.values, self.tasks.action_mask
         )
+        model_steps = cfg.world_model.steps_per_iteration + cfg.world_model.extra_steps
+        self.learns_model = model_steps > 0
         self.stopwatch = Stopwatch(device)
         self.metrics: dict[str, float] = {}
 
@@ -95,11 +96,11 @@ class M3PO:
             Actions, shape (N, A).
         """
         decision = self.behaviour.prior(obs)
-        if self.behaviour.planner_on and self.behaviour.num_planned > 0:
+        if len(self.behaviour.planned_ids) > 0:
             with self.stopwatch.section("plan"):
                 decision = self.behaviour.improve(obs, decision)
         values = self.critic(obs).detach().squeeze(-1)
-        self.storage.add_action(obs, self.behaviour.task_ids, values=values, **vars(decision))
+        self.storage.add_action(obs, self.tasks.ids, values=values, **vars(decision))
         self.behaviour.step += 1
         return decision.actions
 
@@ -113,7 +114,8 @@ class M3PO:
             rewards: Rewards, (N,).
             dones: Ends of episodes, (N,).
             extras: ``time_outs`` (N,) marks truncations, without it every end is a termination; ``final_obs`` holds
-                the observations before a reset and is stale on rows that were not reset.
+                the observations before a reset and is stale on rows that were not reset; ``lost`` (N,) marks
+                environments that had to be restarted, whose step never took place.
         """
         dones = dones.bool()
         time_outs = extras.get("time_outs")
@@ -126,7 +128,7 @@ class M3PO:
                 rows = dones.view(-1, *[1] * (obs[group].dim() - 1))
                 groups[group] = torch.where(rows, final_obs[group].to(self.device), obs[group])
             next_obs, valid = TensorDict(groups, batch_size=obs.batch_size), torch.ones_like(dones)
-        self.storage.add_outcome(next_obs, valid, rewards, terminated, dones)
+        self.storage.add_outcome(next_obs, valid, rewards, terminated, dones, extras.get("lost"))
         self.actor.reset(dones)
         self.critic.reset(dones)
 
@@ -136,38 +138,7 @@ class M3PO:
         Args:
             obs: Observations after the last step, batch size (N,).
         """
-        st, cfg = self.storage, self.cfg
-        st.next_values[:-1].copy_(st.values[1:])
-        st.next_values[-1].copy_(self.critic(obs).detach().squeeze(-1))
-        self._bootstrap_time_outs()
-        episode = (st.rewards, st.values, st.next_values, st.terminated, st.dones)
-        if cfg.advantage == "gae":
-            returns, advantages = gae(*episode, cfg.gamma, cfg.lam)
-        else:
-            returns, advantages = vtrace(*episode, st.log_pi - st.log_beta, cfg.gamma, cfg.lam)
-        st.returns.copy_(returns)
-        self.advantage_std = torch.ones(self.model.task_embedding.shape[0], device=self.device)
-        for k in range(len(self.advantage_std)):
-            mine = st.task == k
-            own = advantages[mine]
-            if own.numel() > 1:
-                self.advantage_std[k] = own.std() + 1e-8
-                advantages[mine] = (own - own.mean()) / self.advantage_std[k]
-        st.advantages.copy_(advantages)
-
-    def _bootstrap_time_outs(self) -> None:
-        """Value of the final observation where an episode was cut short, or of the predicted latent without one."""
-        st = self.storage
-        cut = st.dones & ~st.terminated
-        known, unknown = cut & st.next_obs_valid, cut & ~st.next_obs_valid
-        if known.any():
-            st.next_values[known] = self.critic(st.next_obs[known]).detach().squeeze(-1)
-        if unknown.any():
-            task = st.task[unknown]
-            e = self.model.embed(task)
-            z = self.model.encode(self.model_obs(st.obs[unknown]), task)
-            value = self.model.value(self.model.predict(z, st.actions[unknown], e)[0], e)
-            st.next_values[unknown] = (value * self.model.rewards.scale(task)).detach()
+        self.advantage_std = self.estimator.evaluate(self.storage, obs)
 
     # -- update -------------------------------------------------------------------------------------------------------
 
@@ -177,25 +148,24 @@ class M3PO:
         metrics |= self._apply_bonus()
         with self.stopwatch.section("update_policy"):
             losses = self.policy_learner.train(self.storage)
-        with self.stopwatch.section("update_model"):
-            self.ring.add(self.storage)
-            metrics |= self._measure_model()
+        if self.learns_model:
+            with self.stopwatch.section("update_model"):
+                self.ring.add(self.storage)
+                quality = self.model_learner.measure(self.ring.newest(self.cfg.world_model.horizon))
+                metrics |= {f"model/{name}": value.mean().item() for name, value in quality.items()}
+                self._update_statistics()
+                losses |= {f"model_{k}": v for k, v in self.model_learner.train(self.ring, self.iteration).items()}
+            self.behaviour.imagination.model_changed()
+            self.behaviour.gate(quality["skill_1"], quality["reward_ev"])
+            self.behaviour.rotate()
+        else:
             self._update_statistics()
-            losses |= {f"model_{k}": v for k, v in self.model_learner.train(self.ring, self.iteration).items()}
-        self.behaviour.imagination.model_changed()
-        self.behaviour.gate(metrics["model/skill_1"], metrics["model/reward_ev"])
-        self.behaviour.rotate()
         metrics["policy/clipped_share"] = losses.pop("clipped_share")
         self.metrics = metrics
         self.iteration += 1
         self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         self.storage.clear()
         return losses
-
-    def _measure_model(self) -> dict[str, float]:
-        """Quality of the model on the new rollout, which it has not trained on yet."""
-        batch = self.ring.newest(self.cfg.world_model.horizon)
-        return {f"model/{name}": value for name, value in self.model_learner.measure(batch).items()}
 
     def _behaviour_metrics(self) -> dict[str, float]:
         """How far the behaviour was from the prior, and how well the critic explains the returns."""
@@ -207,14 +177,15 @@ class M3PO:
             kl = 0.5 * ((st.plan_mean - st.mean) / st.std).square().sum(-1)
         else:
             kl = st.log_beta - st.log_pi
-        every = torch.ones_like(planned)
+        units = self.estimator.units(st.task)
+        value_ev = explained_variance(st.values / units, st.returns / units, ~st.lost, st.task, self.tasks.count)
         return {
             "planner/share": planned.float().mean().item(),
             "planner/kl": ((kl * planned).sum() / count).item(),
             "planner/gain": ((st.plan_gain * planned).sum() / count).item(),
             "planner/accepted": (((st.plan_gain > 0) & planned).sum() / count).item(),
             "policy/effective_sample_size": (rho.sum().square() / rho.square().sum() / rho.numel()).item(),
-            "policy/value_ev": explained_variance(st.values, st.returns, every),
+            "policy/value_ev": value_ev.mean().item(),
         }
 
     def _apply_bonus(self) -> dict[str, float]:
@@ -233,7 +204,7 @@ class M3PO:
             self.model_obs(st.next_obs).flatten(0, 1),
             st.terminated.flatten(),
             task,
-            self.cfg.gamma,
+            self.tasks.discounts[task],
         )
         centred = centre(gap / self.advantage_std[task], task, len(self.advantage_std), cfg.centering)
         centred = (centred * st.next_obs_valid.flatten()).view_as(st.advantages)
@@ -252,6 +223,13 @@ class M3PO:
         task = st.task.flatten()
         self.model.obs_normalizer.update(self.model_obs(flat), task)
         self.model.rewards.update(st.rewards.flatten(), st.terminated.flatten(), task)
+
+    def _policy(self, obs: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of the policy prior in observations with batch size (B,), (B, A) each. Draws nothing."""
+        mean, distribution = self.actor(obs), self.actor.distribution
+        if isinstance(distribution, TaskGaussian):
+            return mean, distribution.std_of(task_of(obs))
+        return mean, self.actor.output_std.view(-1, mean.shape[-1])[0].expand_as(mean)
 
     def model_obs(self, obs: TensorDict) -> torch.Tensor:
         """Observation vector of the world model, (..., O)."""
@@ -298,18 +276,19 @@ class M3PO:
 
     def save(self) -> dict[str, Any]:
         """Everything to be restored, as tensors and plain values."""
+        units = {"reward_units_state_dict": self.estimator.rewards.state_dict()} if self.cfg.normalize_values else {}
         return {
             "actor_state_dict": self.actor.state_dict(),
             "critic_state_dict": self.critic.state_dict(),
             "world_model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.policy_learner.optimizer.state_dict(),
             "world_model_optimizer_state_dict": self.model_learner.optimizer.state_dict(),
+            **units,
             "m3po_state": {
                 "learning_rate": self.learning_rate,
                 "iteration": self.iteration,
                 "planner_step": self.behaviour.step,
-                "first_planned": self.behaviour.first_planned,
-                "planner_on": self.behaviour.planner_on,
+                **self.behaviour.state(),
             },
         }
 
@@ -323,13 +302,15 @@ class M3PO:
             self.behaviour.imagination.model_changed()
         if load_cfg.get("critic"):
             self.critic.load_state_dict(loaded_dict["critic_state_dict"], strict=strict)
+            if self.cfg.normalize_values:
+                self.estimator.rewards.load_state_dict(loaded_dict["reward_units_state_dict"], strict=strict)
         if load_cfg.get("optimizer"):
             self.policy_learner.optimizer.load_state_dict(loaded_dict["optimizer_state_dict"])
             self.model_learner.optimizer.load_state_dict(loaded_dict["world_model_optimizer_state_dict"])
             state = loaded_dict["m3po_state"]
             self.policy_learner.learning_rate, self.iteration = state["learning_rate"], state["iteration"]
-            self.behaviour.step, self.behaviour.first_planned = state["planner_step"], state["first_planned"]
-            self.behaviour.planner_on = state["planner_on"]
+            self.behaviour.step = state["planner_step"]
+            self.behaviour.restore(state["first_planned"], state["planner_on"])
             self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         return load_cfg.get("iteration", False)
 
@@ -358,7 +339,8 @@ class M3PO:
         algorithm_cfg = parse_algorithm_cfg(cfg["algorithm"])
         num_steps = cfg["num_steps_per_env"]
         check_cfg(algorithm_cfg, env.num_envs, num_steps, device, env.num_actions)
-        actor, critic, model, model_groups = build_networks(obs, env, cfg, algorithm_cfg, device)
+        tasks = Tasks.of(env, algorithm_cfg.gamma, device)
+        actor, critic, model, model_groups = build_networks(obs, env, cfg, algorithm_cfg, tasks, device)
         if hasattr(env.cfg, "compute_final_obs"):
             # Isaac Lab reads this at every step: it makes the observation before a reset available.
             env.cfg.compute_final_obs = True
@@ -373,6 +355,6 @@ class M3PO:
             algorithm_cfg,
             max_iterations=cfg.get("max_iterations", 1000),
             seed=cfg.get("seed", 0),
-            task_ids=getattr(env, "task_ids", None),
+            tasks=tasks,
             device=device,
         )

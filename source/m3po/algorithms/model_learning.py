@@ -18,22 +18,27 @@ class ModelLearner:
     """Gradient steps on the ring: consistency, reward, continuation, value and latent prior."""
 
     def __init__(
-        self, model: WorldModel, flatten_obs: Flatten, policy_mean: Flatten, policy_std: Callable, critic: Flatten
+        self,
+        model: WorldModel,
+        flatten_obs: Flatten,
+        policy: Callable[[TensorDict], tuple[torch.Tensor, torch.Tensor]],
+        critic: Callable[[TensorDict, torch.Tensor], torch.Tensor],
+        action_mask: torch.Tensor,
     ) -> None:
         """Bind the learner to a model and to the networks it follows.
 
         Args:
             model: World model.
             flatten_obs: Observation groups -> the model's observation vector, (..., O).
-            policy_mean: Observations -> mean action of the current policy, (B, A).
-            policy_std: () -> deviation of the current policy, (A,).
-            critic: Observations -> value of the current critic, (B,), reward units.
+            policy: Observations -> mean and deviation of the current policy, (B, A) each.
+            critic: Observations and tasks (B,) -> value of the current critic, (B,), reward units.
+            action_mask: Action dimensions that each task has, (K, A), boolean.
         """
         self.model = model
         self.flatten_obs = flatten_obs
-        self.policy_mean = policy_mean
-        self.policy_std = policy_std
+        self.policy = policy
         self.critic = critic
+        self.action_mask = action_mask
         self.optimizer = torch.optim.Adam(model.parameter_groups(), eps=1e-5, fused=True)
 
     def train(self, ring: RolloutRing, iteration: int) -> dict[str, float]:
@@ -70,14 +75,13 @@ class ModelLearner:
         with torch.no_grad():
             target_z = model.encode(self.flatten_obs(batch.next_obs), task)
             flat_obs = batch.obs.flatten(0, 1)
-            target_action = self.policy_mean(flat_obs).unflatten(0, batch.mask.shape)
+            target_action, std = (x.unflatten(0, batch.mask.shape) for x in self.policy(flat_obs))
             values = batch.returns
             if cfg.value_target == "critic":
-                values = self.critic(flat_obs).unflatten(0, batch.mask.shape)
+                values = self.critic(flat_obs, task.flatten()).unflatten(0, batch.mask.shape)
             scale = model.rewards.scale(task)
             target_reward, target_value = batch.rewards / scale, values / scale
             base_logit = model.rewards.termination_logit(task)
-            std = self.policy_std()
 
         embedding = model.embed(task)
         z = model.encode(self.flatten_obs(batch.obs[:, 0]), task[:, 0])
@@ -99,7 +103,8 @@ class ModelLearner:
         rate_logit = base_logit if cfg.balance_terminations else torch.zeros_like(base_logit)
         continuation = balanced_bce(termination_logits, batch.terminated, rate_logit)
         # The policy's gradient does not enter the encoder: the prior reads a detached latent.
-        prior = 0.5 * ((model.prior(z.detach(), embedding) - target_action) / std).square().sum(-1)
+        deviation = (model.prior(z.detach(), embedding) - target_action) / std
+        prior = 0.5 * (deviation * self.action_mask[task]).square().sum(-1)
         reward_weight = weight * ~batch.terminated if cfg.terminal_reward else weight
         return {
             "consistency": _mean(consistency, next_weight),
@@ -110,19 +115,20 @@ class ModelLearner:
         }
 
     @torch.no_grad()
-    def measure(self, batch: Sequences) -> dict[str, float]:
+    def measure(self, batch: Sequences) -> dict[str, torch.Tensor]:
         """Quality on data that the model has not trained on.
 
         Returns:
-            ``skill_1`` and ``skill_H``: one minus the k-step latent error over the error of "no change";
-            ``error_1`` and ``error_H``: the k-step latent error itself (mean square);
+            For each task, (K,) each: ``skill_1`` and ``skill_H``: one minus the k-step latent error over the error of
+            "no change"; ``error_1`` and ``error_H``: the k-step latent error itself (mean square);
             ``reward_ev`` and ``value_ev``: explained variance of the reward (of surviving steps) and of the value;
             ``fall_probability``: mean predicted probability on true falls.
         """
         model, task = self.model, batch.task
+        num_tasks, first = len(self.action_mask), batch.task[:, 0]
         embedding = model.embed(task)
         encoded = model.encode(self.flatten_obs(batch.next_obs), task)
-        z = start = model.encode(self.flatten_obs(batch.obs[:, 0]), task[:, 0])
+        z = start = model.encode(self.flatten_obs(batch.obs[:, 0]), first)
         result, horizon = {}, batch.actions.shape[1]
         rewards, alive = [], []
         for k in range(horizon):
@@ -130,28 +136,45 @@ class ModelLearner:
             rewards.append(reward)
             alive.append(survives)
             if k in (0, horizon - 1):
-                mask = batch.next_mask[:, k].float()
-                error = _mean((z - encoded[:, k]).square().mean(-1), mask)
-                still = _mean((start - encoded[:, k]).square().mean(-1), mask)
+                mask = batch.next_mask[:, k]
+                error = mean_per_task((z - encoded[:, k]).square().mean(-1), mask, first, num_tasks)
+                still = mean_per_task((start - encoded[:, k]).square().mean(-1), mask, first, num_tasks)
                 name = "1" if k == 0 else "H"
-                result[f"error_{name}"] = error.item()
-                result[f"skill_{name}"] = (1.0 - error / still.clamp_min(1e-12)).item()
+                result[f"error_{name}"] = error
+                result[f"skill_{name}"] = 1.0 - error / still.clamp_min(1e-12)
         predicted = torch.stack(rewards, 1) * model.rewards.scale(task)
-        result["reward_ev"] = explained_variance(predicted, batch.rewards, batch.mask & ~batch.terminated)
-        value = model.value(start, embedding[:, 0]) * model.rewards.scale(task[:, 0])
-        result["value_ev"] = explained_variance(value, batch.returns[:, 0], batch.mask[:, 0])
-        falls = (batch.terminated & batch.mask).float()
-        result["fall_probability"] = _mean(1.0 - torch.stack(alive, 1), falls).item()
+        alive_mask = batch.mask & ~batch.terminated
+        result["reward_ev"] = explained_variance(predicted, batch.rewards, alive_mask, task, num_tasks)
+        value = model.value(start, embedding[:, 0]) * model.rewards.scale(first)
+        result["value_ev"] = explained_variance(value, batch.returns[:, 0], batch.mask[:, 0], first, num_tasks)
+        falls = batch.terminated & batch.mask
+        result["fall_probability"] = mean_per_task(1.0 - torch.stack(alive, 1), falls, task, num_tasks)
         return result
 
 
-def explained_variance(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> float:
-    """``1 - Var(target - predicted) / Var(target)`` over masked elements; 0 if the target does not vary."""
-    target, predicted = target[mask], predicted[mask]
-    variance = target.var(unbiased=False)
-    if target.numel() < 2 or variance <= 1e-12:
-        return 0.0
-    return (1.0 - (target - predicted).var(unbiased=False) / variance).item()
+def mean_per_task(x: torch.Tensor, mask: torch.Tensor, task: torch.Tensor, num_tasks: int) -> torch.Tensor:
+    """Mean of the masked elements of each task, (K,), 0 where there are none; all arguments have the same shape."""
+    weight = mask.flatten().to(x.dtype)
+    zero = torch.zeros(num_tasks, dtype=x.dtype, device=x.device)
+    count = zero.index_add(0, task.flatten(), weight)
+    return zero.index_add(0, task.flatten(), x.flatten() * weight) / count.clamp_min(1.0)
+
+
+def explained_variance(
+    predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, task: torch.Tensor, num_tasks: int
+) -> torch.Tensor:
+    """``1 - Var(target - predicted) / Var(target)`` over the masked elements of each task, (K,).
+
+    0 where the target does not vary. All arguments have the same shape.
+    """
+
+    def variance(x: torch.Tensor) -> torch.Tensor:
+        mean = mean_per_task(x, mask, task, num_tasks)
+        return mean_per_task((x - mean[task]).square(), mask, task, num_tasks)
+
+    spread = variance(target)
+    explained = 1.0 - variance(target - predicted) / spread.clamp_min(1e-12)
+    return torch.where(spread > 1e-12, explained, 0.0)
 
 
 def _mean(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +17,28 @@ from m3po.storage import RolloutStorage
 class PolicyLearner:
     """Trains policy and critic on the current rollout (8)-(9)."""
 
-    def __init__(self, actor: MLPModel, critic: MLPModel, cfg: AlgorithmCfg) -> None:
-        """Create the optimiser."""
-        self.actor, self.critic, self.cfg = actor, critic, cfg
+    def __init__(
+        self,
+        actor: MLPModel,
+        critic: MLPModel,
+        cfg: AlgorithmCfg,
+        units: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Create the optimiser.
+
+        Args:
+            actor: Policy prior.
+            critic: Value function; it may share the task embedding with the policy.
+            cfg: Configuration.
+            units: Tasks (B,) -> reward units of the critic's output, (B,).
+        """
+        self.actor, self.critic, self.cfg, self.units = actor, critic, cfg, units
         self.learning_rate = cfg.learning_rate
         # Groups of their own for policy and critic: one adaptive rate for both starves the critic.
-        groups = [{"params": list(network.parameters()), "lr": cfg.learning_rate} for network in (actor, critic)]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        policy = list(actor.parameters())
+        known = {id(p) for p in policy}
+        groups = [policy, [p for p in critic.parameters() if id(p) not in known]]
+        self.optimizer = torch.optim.Adam([{"params": g, "lr": cfg.learning_rate} for g in groups], fused=True)
         self._set_learning_rate(cfg.learning_rate)
 
     def train(self, rollout: RolloutStorage) -> dict[str, float]:
@@ -61,10 +77,11 @@ class PolicyLearner:
             cfg.clip_param,
             cfg.ratio,
         )
-        values = self.critic(batch["obs"]).squeeze(-1)
+        values, units = self.critic(batch["obs"]).squeeze(-1), self.units(batch["task"])
+        old_values, returns = batch["values"] / units, batch["returns"] / units
         imitate = (batch["planned"] & (batch["plan_gain"] > 0)).float()
         terms = {
-            "value": value_loss(values, batch["values"], batch["returns"], cfg.clip_param, cfg.use_clipped_value_loss),
+            "value": value_loss(values, old_values, returns, cfg.clip_param, cfg.use_clipped_value_loss),
             "surrogate": surrogate,
             "entropy": self.actor.output_entropy.mean(),
             "distillation": distillation_loss(mean, batch["std"], batch["plan_mean"], imitate),

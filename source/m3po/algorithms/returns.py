@@ -15,7 +15,7 @@ def gae(
     next_values: torch.Tensor,
     terminated: torch.Tensor,
     dones: torch.Tensor,
-    gamma: float,
+    gamma: float | torch.Tensor,
     lam: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation.
@@ -26,7 +26,7 @@ def gae(
         next_values: ``V(s_{t+1})`` before resets, (T, N).
         terminated: True terminations, (T, N), boolean: the value beyond them is 0.
         dones: Any end of an episode, (T, N), boolean: no advantage flows across it.
-        gamma: Discount.
+        gamma: Discount, one number or one for each environment (N,).
         lam: Lambda.
 
     Returns:
@@ -48,7 +48,7 @@ def vtrace(
     terminated: torch.Tensor,
     dones: torch.Tensor,
     log_ratio: torch.Tensor,
-    gamma: float,
+    gamma: float | torch.Tensor,
     lam: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """V-trace targets with both truncations at 1.
@@ -60,7 +60,7 @@ def vtrace(
         terminated: True terminations, (T, N), boolean.
         dones: Any end of an episode, (T, N), boolean.
         log_ratio: ``log pi - log beta`` of the executed actions, (T, N).
-        gamma: Discount.
+        gamma: Discount, one number or one for each environment (N,).
         lam: Lambda; scales the trace coefficient.
 
     Returns:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from m3po.config import MODEL_SIZES, WorldModelCfg
 from m3po.models.layers import LATENT_FLOOR, SimNorm, head, trunk
 from m3po.models.normalizers import RewardStatistics, TaskNormalizer
+from m3po.models.task_policy import embed
 from m3po.models.two_hot import TwoHot
 
 
@@ -53,8 +54,7 @@ class WorldModel(nn.Module):
 
     def embed(self, task: torch.Tensor) -> torch.Tensor:
         """Task embedding of maximum norm 1. Shape (...,) -> (..., E)."""
-        norm = self.task_embedding.norm(dim=-1, keepdim=True)
-        return (self.task_embedding / norm.clamp_min(1.0))[task]
+        return embed(self.task_embedding, task)
 
     def encode(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """Latent ``z = h(s, e)``. Shapes (..., O) raw observations and (...,) task ids -> (..., Z)."""

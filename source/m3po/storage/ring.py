@@ -33,7 +33,7 @@ class Sequences:
     """True terminations, (B, H), boolean."""
 
     mask: torch.Tensor
-    """Steps that belong to the same episode as the first, (B, H), boolean."""
+    """Steps that belong to the same episode as the first and took place, (B, H), boolean."""
 
     next_mask: torch.Tensor
     """Those of them whose successor observation is known, (B, H), boolean."""
@@ -58,7 +58,7 @@ class RolloutRing:
         self.head = 0
         """Slot that the next rollout is written to."""
         self._fields = {}
-        names = ("obs", "next_obs", "next_obs_valid", "actions", "rewards", "returns", "terminated", "dones", "task")
+        names = ("obs", "next_obs", "next_obs_valid", "actions", "rewards", "returns", "terminated", "dones", "lost", "task")
         for name in names:
             source = getattr(rollout, name)
             if isinstance(source, TensorDict):
@@ -105,7 +105,7 @@ class RolloutRing:
         """Collect transitions at slots (B, H) of environments (B, 1)."""
         flat = slot * self.num_envs + env
         picked = {name: buffer.flatten(0, 1)[flat] for name, buffer in self._fields.items()}
-        dones, valid = picked.pop("dones"), picked.pop("next_obs_valid")
+        dones, valid, lost = picked.pop("dones"), picked.pop("next_obs_valid"), picked.pop("lost")
         ended = torch.cumsum(dones, dim=1) - dones.long()
-        mask = ended == 0
+        mask = (ended == 0) & ~lost
         return Sequences(mask=mask, next_mask=mask & valid, **picked)

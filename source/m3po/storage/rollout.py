@@ -12,7 +12,8 @@ class RolloutStorage:
     """T steps of N environments with true terminations, time-outs, final observations and behaviour densities.
 
     ``next_obs[t]`` is the observation that step ``t`` led to before any reset, for the observation groups that need it;
-    ``next_obs_valid[t]`` is False where an episode ended and the environment did not deliver it.
+    ``next_obs_valid[t]`` is False where an episode ended and the environment did not deliver it. ``lost[t]`` marks steps
+    that never took place, because an environment had to be restarted: nothing is learnt from them.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class RolloutStorage:
         scalars = ("rewards", "values", "next_values", "log_pi", "log_beta", "plan_gain", "returns", "advantages")
         for name in scalars:
             setattr(self, name, torch.zeros(shape, device=device))
-        for name in ("terminated", "dones", "planned"):
+        for name in ("terminated", "dones", "planned", "lost"):
             setattr(self, name, torch.zeros(shape, dtype=torch.bool, device=device))
+        self.any_lost = False
         self.step = 0
 
     def add_action(self, obs: TensorDict, task: torch.Tensor, **fields: torch.Tensor) -> None:
@@ -77,6 +79,7 @@ class RolloutStorage:
         rewards: torch.Tensor,
         terminated: torch.Tensor,
         dones: torch.Tensor,
+        lost: torch.Tensor | None = None,
     ) -> None:
         """Record what the environment answered, and move on to the next step.
 
@@ -86,24 +89,38 @@ class RolloutStorage:
             rewards: Rewards, (N,).
             terminated: True terminations, (N,), boolean.
             dones: Any end of an episode, (N,), boolean.
+            lost: Environments whose step never took place, (N,), boolean; ``None``: none.
         """
         self.next_obs[self.step].copy_(next_obs.select(*self.next_obs.keys()))
         self.next_obs_valid[self.step].copy_(next_obs_valid)
         self.rewards[self.step].copy_(rewards)
         self.terminated[self.step].copy_(terminated)
         self.dones[self.step].copy_(dones)
+        if lost is not None:
+            self.lost[self.step].copy_(lost)
+            self.any_lost = True
         self.step += 1
 
     def clear(self) -> None:
         """Start the next rollout."""
+        if self.any_lost:
+            self.lost.zero_()
+            self.any_lost = False
         self.step = 0
 
     def mini_batches(self, num_mini_batches: int, num_epochs: int) -> Iterator[dict[str, torch.Tensor | TensorDict]]:
-        """Yield shuffled flat mini-batches; one permutation serves all epochs, as in rsl_rl."""
-        size = self.num_steps * self.num_envs // num_mini_batches
+        """Yield shuffled flat mini-batches of the steps that took place; one permutation serves all epochs, as in rsl_rl.
+
+        The fields are those of :meth:`add_action` with ``returns`` and ``advantages``.
+        """
+        samples = self.num_steps * self.num_envs
+        kept = (~self.lost).flatten().nonzero().squeeze(-1) if self.any_lost else None
+        size = (samples if kept is None else len(kept)) // num_mini_batches
         order = torch.randperm(num_mini_batches * size, device=self.device)
+        if kept is not None:
+            order = kept[order]
         names = ("obs", "actions", "mean", "std", "plan_mean", "values", "log_pi", "log_beta", "returns", "advantages")
-        flat = {name: getattr(self, name).flatten(0, 1) for name in (*names, "planned", "plan_gain")}
+        flat = {name: getattr(self, name).flatten(0, 1) for name in (*names, "task", "planned", "plan_gain")}
         for _ in range(num_epochs):
             for i in range(num_mini_batches):
                 index = order[i * size : (i + 1) * size]

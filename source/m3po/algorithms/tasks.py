@@ -1,0 +1,50 @@
+"""Which task each environment belongs to, and what differs between tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rsl_rl.env import VecEnv
+
+
+@dataclass
+class Tasks:
+    """The K tasks of N environments."""
+
+    ids: torch.Tensor
+    """Task of each environment, (N,), int64."""
+
+    discounts: torch.Tensor
+    """Discount per step of each task, (K,)."""
+
+    action_mask: torch.Tensor
+    """Action dimensions that each task has, (K, A), boolean."""
+
+    @property
+    def count(self) -> int:
+        """Number of tasks K."""
+        return len(self.discounts)
+
+    @classmethod
+    def single(cls, num_envs: int, num_actions: int, gamma: float, device: str) -> Tasks:
+        """One task in all environments."""
+        mask = torch.ones(1, num_actions, dtype=torch.bool, device=device)
+        return cls(
+            torch.zeros(num_envs, dtype=torch.long, device=device), torch.tensor([gamma], device=device), mask
+        )
+
+    @classmethod
+    def of(cls, env: VecEnv, gamma: float, device: str) -> Tasks:
+        """The tasks of an environment: those of a :class:`~m3po.envs.multi_task.MultiTaskVecEnv`, or a single one.
+
+        Args:
+            env: Environment.
+            gamma: Discount of a single task; several tasks bring their own.
+            device: Torch device.
+        """
+        if getattr(env, "num_tasks", 1) == 1:
+            return cls.single(env.num_envs, env.num_actions, gamma, device)
+        ids = env.task_ids.to(device)
+        first = torch.stack([(ids == k).nonzero()[0, 0] for k in range(env.num_tasks)])
+        return cls(ids, env.discounts.to(device), env.action_mask.to(device)[first])

@@ -1,0 +1,148 @@
+"""Policy and critic of several tasks: one network, conditioned on the task, that never sees another task's scale.
+
+rsl_rl's ``MLPModel`` with three changes: observations are normalised per task, the task embedding joins them, and the
+Gaussian has a deviation per task and knows which action dimensions a task has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rsl_rl.models import MLPModel
+from rsl_rl.modules.distribution import GaussianDistribution
+from rsl_rl.utils import resolve_class
+from tensordict import TensorDict
+from torch import nn
+
+from m3po.errors import UserError
+from m3po.models.normalizers import TaskNormalizer
+
+
+def embed(table: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+    """Rows of a table of task embeddings (K, E), scaled down to norm 1 at most. Shape (...,) -> (..., E)."""
+    return (table / table.norm(dim=-1, keepdim=True).clamp_min(1.0))[task]
+
+
+def task_of(obs: TensorDict) -> torch.Tensor:
+    """Task ids in observations, whose group ``task`` has shape (..., 1); shape (...,), 0 without that group."""
+    if "task" in obs.keys():  # noqa: SIM118 - a TensorDict iterates over its rows
+        return obs["task"].squeeze(-1)
+    return torch.zeros(obs.batch_size, dtype=torch.long, device=obs.device)
+
+
+class TaskGaussian(GaussianDistribution):
+    """Gaussian with a deviation per task; dimensions that a task lacks are 0 and add nothing to any sum."""
+
+    def __init__(self, output_dim: int, action_mask: torch.Tensor, **distribution_cfg: Any) -> None:
+        """Start all tasks at the same deviation.
+
+        Args:
+            output_dim: Action dimensions A of the largest task.
+            action_mask: Dimensions that each task has, shape (K, A), boolean.
+            **distribution_cfg: Options of rsl_rl's ``GaussianDistribution``.
+        """
+        super().__init__(output_dim, **distribution_cfg)
+        name = "std_param" if self.std_type == "scalar" else "log_std_param"
+        one = getattr(self, name)
+        setattr(self, name, nn.Parameter(one.data.repeat(len(action_mask), 1), requires_grad=one.requires_grad))
+        self.register_buffer("action_mask", action_mask.clone(), persistent=False)
+        self.task: torch.Tensor | None = None
+
+    def select(self, task: torch.Tensor) -> None:
+        """Set the tasks (B,) of the rows that the next calls are about."""
+        self.task = task
+
+    def std_of(self, task: torch.Tensor) -> torch.Tensor:
+        """Deviations of tasks, shape (...,) -> (..., A); 1 in dimensions that a task lacks."""
+        if self.std_type == "scalar":
+            std = self.std_param.clamp(*self.std_range)
+        else:
+            std = self.log_std_param.clamp(*self.log_std_range).exp()
+        return torch.where(self.action_mask, std, 1.0)[task]
+
+    def update(self, mlp_output: torch.Tensor) -> None:
+        """Set the means (B, A) of the selected tasks."""
+        std = self.std_of(self.task)
+        self._distribution = torch.distributions.Normal(mlp_output * self.action_mask[self.task], std)
+
+    def sample(self) -> torch.Tensor:
+        """Draw actions, shape (B, A)."""
+        return super().sample() * self.action_mask[self.task]
+
+    def deterministic_output(self, mlp_output: torch.Tensor) -> torch.Tensor:
+        """Mean actions, shape (B, A)."""
+        return mlp_output * self.action_mask[self.task]
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """Entropy over the dimensions that a task has, nats, shape (B,)."""
+        return (self._distribution.entropy() * self.action_mask[self.task]).sum(-1)
+
+    def log_prob(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Log-probability over the dimensions that a task has, shape (B, A) -> (B,)."""
+        return (self._distribution.log_prob(outputs) * self.action_mask[self.task]).sum(-1)
+
+
+class TaskMLPModel(MLPModel):
+    """Policy or critic of several tasks; reads the observation group ``task`` beside its own."""
+
+    def __init__(
+        self,
+        obs: TensorDict,
+        obs_groups: dict[str, list[str]],
+        obs_set: str,
+        output_dim: int,
+        *,
+        action_mask: torch.Tensor,
+        embedding_dim: int,
+        distribution_cfg: dict[str, Any] | None = None,
+        **mlp_cfg: Any,
+    ) -> None:
+        """Create the network.
+
+        Args:
+            obs: Example observations.
+            obs_groups: Observation groups of each observation set.
+            obs_set: Observation set of this network, ``actor`` or ``critic``.
+            output_dim: Output dimensions.
+            action_mask: Action dimensions that each task has, shape (K, A), boolean.
+            embedding_dim: Dimensions E of the task embedding.
+            distribution_cfg: Options of rsl_rl's ``GaussianDistribution``; ``None`` for a critic.
+            **mlp_cfg: Options of rsl_rl's ``MLPModel``. Observations are always normalised, per task.
+
+        Raises:
+            UserError: If another distribution is asked for.
+        """
+        self.embedding_dim = embedding_dim  # read by the constructor of the base class
+        mlp_cfg["obs_normalization"] = False
+        super().__init__(obs, obs_groups, obs_set, output_dim, **mlp_cfg)
+        num_tasks = len(action_mask)
+        self.obs_normalizer = TaskNormalizer(num_tasks, self.obs_dim)
+        self.task_embedding = nn.Parameter(torch.empty(num_tasks, embedding_dim).uniform_(-0.02, 0.02))
+        if distribution_cfg is not None:
+            cls, cfg = resolve_class(dict(distribution_cfg))
+            if cls is not GaussianDistribution:
+                raise UserError(f"the policy of several tasks must have a GaussianDistribution, got {cls.__name__}.")
+            self.distribution = TaskGaussian(output_dim, action_mask, **cfg)
+
+    def forward(self, obs: TensorDict, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As rsl_rl's model, for the tasks that the observations name."""
+        if self.distribution is not None:
+            self.distribution.select(task_of(obs))
+        return super().forward(obs, *args, **kwargs)
+
+    def get_latent(self, obs: TensorDict, *_: Any) -> torch.Tensor:
+        """Normalised observations and task embeddings, shape (B, O + E)."""
+        task = task_of(obs)
+        return torch.cat([self.obs_normalizer(self._flat(obs), task), embed(self.task_embedding, task)], dim=-1)
+
+    def update_normalization(self, obs: TensorDict) -> None:
+        """Learn the statistics of each task from observations with batch size (B,)."""
+        self.obs_normalizer.update(self._flat(obs), task_of(obs))
+
+    def _flat(self, obs: TensorDict) -> torch.Tensor:
+        return torch.cat([obs[group] for group in self.obs_groups], dim=-1)
+
+    def _get_latent_dim(self) -> int:
+        return self.obs_dim + self.embedding_dim
