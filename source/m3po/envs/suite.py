@@ -37,7 +37,7 @@ class TaskInfo:
     """Episode returns that mean a normalised score of 0 and of 1; ``None`` where nobody defined them."""
 
     reports_success: bool = False
-    """Whether ``extras["success"]`` holds the success of the episodes that end in a step, (N,); it is the score then."""
+    """Whether ``extras["success"]``, (N,), holds the success of the episodes that end in a step; it is the score then."""
 
 
 class Suite(Protocol):
@@ -65,7 +65,7 @@ class Suite(Protocol):
         """What is known of a task."""
 
     def make(self, task: str, num_envs: int, *, seed: int, device: str, **options: Any) -> VecEnv:
-        """Create a batch of environments of a task."""
+        """Create a batch of environments of a task, or a context manager that yields one."""
 
 
 @cache
@@ -123,3 +123,8 @@ def expand(text: str) -> list[str]:
     if twice:
         raise UserError(f"tasks named more than once in '{text}': {', '.join(twice)}.")
     return canonical
+
+
+def make_environments(suite: str, task: str, **options: Any) -> Any:
+    """:meth:`Suite.make` of a suite by its name; what a process of a task's own calls."""
+    return suites()[suite].make(task, **options)
