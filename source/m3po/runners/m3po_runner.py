@@ -18,6 +18,7 @@ from tensordict import TensorDict
 from m3po.algorithms import M3PO
 from m3po.errors import UserError
 from m3po.runners.checkpoint import FORMAT, check_compatible, check_shapes, read_checkpoint, write_checkpoint
+from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
 from m3po.runners.reporting import Reporter, console_block
 from m3po.stopwatch import Stopwatch
@@ -43,7 +44,8 @@ class M3PORunner(OnPolicyRunner):
     """Runs M3PO, or rsl_rl's own PPO in the same harness.
 
     ``log_dir`` receives ``model_<iteration>.pt`` every ``save_interval``, ``model_last.pt``, ``model_best.pt`` (by
-    evaluation), TensorBoard events, ``progress.csv`` and ``evaluations.csv``.
+    evaluation), TensorBoard events, ``progress.csv`` and ``evaluations.csv``; of several tasks also ``tasks.csv``,
+    ``task_evaluations.csv`` and the report on their embeddings.
     """
 
     def __init__(
@@ -80,18 +82,23 @@ class M3PORunner(OnPolicyRunner):
             init_at_random_ep_len: Start the environments at random points of their episodes.
         """
         if init_at_random_ep_len:
-            self.env.episode_length_buf = torch.randint_like(
-                self.env.episode_length_buf, high=int(self.env.max_episode_length)
-            )
+            steps = self.env.episode_length_buf
+            if isinstance(self.env.max_episode_length, torch.Tensor):  # one for each environment
+                self.env.episode_length_buf = (
+                    torch.rand_like(steps, dtype=torch.float32) * self.env.max_episode_length
+                ).long()
+            else:
+                self.env.episode_length_buf = torch.randint_like(steps, high=int(self.env.max_episode_length))
         obs = self.env.get_observations().to(self.device)
         self.alg.train_mode()
-        statistics = EpisodeStatistics(self.env.num_envs, self.device)
+        statistics = EpisodeStatistics.of(self.env, self.device)
         watch = getattr(self.alg, "stopwatch", Stopwatch(self.device))
         first = self.current_learning_iteration
         total = first + num_learning_iterations
         try:
             self._iterate(first, total, obs, statistics, watch)
             self._finish_evaluations()
+            self._report_embedding()
         finally:
             self.reporter.close()
 
@@ -184,18 +191,28 @@ class M3PORunner(OnPolicyRunner):
         if self.evaluator is not None:
             self._record(self.evaluator.wait())
 
+    def _report_embedding(self) -> None:
+        """Print the nearest tasks of each task after training, and write the report on their embeddings."""
+        names = getattr(self.env, "task_names", ())
+        if self.log_dir is None or len(names) < 2 or not isinstance(self.alg, M3PO):
+            return
+        embedding = self.alg.model.embed(torch.arange(len(names), device=self.device))
+        print(nearest_table(names, embedding), flush=True)
+        for path in write_embedding_report(self.log_dir, names, embedding):
+            print(f"[m3po] task embeddings: {path}", flush=True)
+
     def _record(self, results: list[dict]) -> None:
-        """Report finished evaluations and keep the best checkpoint, judged by the deployable prior."""
+        """Report finished evaluations and keep the best checkpoint, judged by the deployable prior.
+
+        Several tasks are judged by the mean of their scores where these are defined.
+        """
         for result in results:
             self.reporter.report_evaluation(result)
-            text = ", ".join(
-                f"{name} {result[name]['return_mean']:.2f} +- {result[name]['return_std']:.2f}"
-                for name in ("prior", "planner")
-                if result.get(name)
-            )
+            text = ", ".join(_evaluation_text(name, result[name]) for name in ("prior", "planner") if result.get(name))
             print(f"[m3po] evaluation after iteration {result['iteration'] + 1}: {text}", flush=True)
-            if result["prior"]["return_mean"] > self.best_return:
-                self.best_return = result["prior"]["return_mean"]
+            quality = result["prior"].get("score_mean", result["prior"]["return_mean"])
+            if quality > self.best_return:
+                self.best_return = quality
                 best = read_checkpoint(result["checkpoint"], map_location="cpu")
                 best["infos"] = {"evaluation": {k: result["prior"][k] for k in ("return_mean", "return_std")}}
                 write_checkpoint(Path(self.log_dir) / "model_best.pt", best)
@@ -206,7 +223,7 @@ class M3PORunner(OnPolicyRunner):
         return {
             "format": FORMAT,
             "task": self.cfg.get("task"),
-            "algorithm": "m3po" if isinstance(self.alg, M3PO) else "ppo",
+            "algorithm": "m3po" if isinstance(self.alg, M3PO) and self.alg.learns_model else "ppo",
             "obs_dims": {group: value.shape[-1] for group, value in obs.items()},
             "num_actions": self.env.num_actions,
             "agent": self._agent,
@@ -251,3 +268,10 @@ class M3PORunner(OnPolicyRunner):
             raise ValueError("PPO has no planner; use the prior.")
         self.alg.eval_mode()
         return self.alg.get_policy()
+
+
+def _evaluation_text(name: str, result: dict) -> str:
+    """One policy's evaluation in a few words."""
+    if "score_mean" in result:
+        return f"{name} score {result['score_mean']:.3f} (lowest {result['score_min']:.3f})"
+    return f"{name} {result['return_mean']:.2f} +- {result['return_std']:.2f}"
