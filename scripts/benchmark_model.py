@@ -19,9 +19,10 @@ import torch
 from tensordict import TensorDict
 
 from isaaclab_m3po import launch
-from isaaclab_m3po.manifest import package_versions
 from m3po.algorithms.model_learning import ModelLearner
+from m3po.cli import arguments
 from m3po.config import WorldModelCfg
+from m3po.manifest import package_versions
 from m3po.models import WorldModel
 from m3po.storage import RolloutRing, RolloutStorage
 
@@ -42,7 +43,7 @@ def record(argv: list[str], rollouts: int) -> tuple[list[dict[str, torch.Tensor]
     from isaaclab_m3po import agents
     from m3po.runners import M3PORunner
 
-    parser = launch.Parser(description=__doc__)
+    parser = arguments.Parser(description=__doc__)
     launch.add_common_arguments(parser)
     request = launch.parse(parser, [*argv, "agent.algorithm.planner.share=0.0"])
     job = launch.prepare(request)
@@ -123,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch.guarded(lambda _: main(), []))
+    sys.exit(arguments.guarded(lambda _: main(), []))

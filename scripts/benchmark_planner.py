@@ -34,10 +34,10 @@ from benchmark_planner_work import (
     our_gemms,
 )
 
-from isaaclab_m3po import launch
-from isaaclab_m3po.manifest import git_revision, jsonable
+from m3po.cli import arguments
 from m3po.config import MODEL_SIZES, PlannerCfg, WorldModelCfg
 from m3po.errors import M3POError, UserError
+from m3po.manifest import git_revision, jsonable
 from m3po.models import WorldModel
 from m3po.planning import Imagination, MPPIPlanner
 from m3po.planning.imagination import Start
@@ -245,8 +245,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UserError: Names the option and what is allowed.
     """
-    at_least, number = launch.at_least, float
-    parser = launch.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    at_least, number = arguments.at_least, float
+    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", default="5M", choices=list(MODEL_SIZES), help="Size of the world model.")
     add("--dynamics", default="plain", choices=("plain", "residual"), help="Form of the dynamics; plain is TD-MPC2's.")
@@ -365,4 +365,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch.guarded(main, sys.argv[1:]))
+    sys.exit(arguments.guarded(main, sys.argv[1:]))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from isaaclab_m3po.manifest import package_versions
+from m3po.manifest import package_versions
 
 Row = dict[str, Any]
 PACKAGES = ("tensordict", "torchrl", "pytorch-mppi", "triton", "numpy")

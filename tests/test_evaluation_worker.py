@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from isaaclab_m3po.evaluation_worker import EvaluationWorker, acting_cfg
+from isaaclab_m3po.evaluation_worker import EvaluationWorker
 from m3po.errors import M3POError, UserError
+from m3po.evaluation_process import acting_cfg
 
 
 def fake_job(task: str = "Isaac-Cartpole", algo: str = "m3po") -> SimpleNamespace:

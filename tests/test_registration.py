@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import run_process
 
-from isaaclab_m3po.manifest import git_revision, jsonable, package_versions
-from isaaclab_m3po.overrides import assign, parse_value
+from m3po.cli.overrides import assign, parse_value
 from m3po.config import AlgorithmCfg, from_dict
 from m3po.errors import UserError
+from m3po.manifest import git_revision, jsonable, package_versions
 from m3po.presets import default_preset
 
 FACTS = """

@@ -134,10 +134,10 @@ from isaaclab_m3po import launch
 
 jobs = []
 for argv in json.loads(sys.argv[1]):
-    parser = launch.Parser()
+    parser = arguments.Parser()
     launch.add_common_arguments(parser)
     job = launch.prepare(launch.parse(parser, argv))
-    again = launch.Parser()
+    again = arguments.Parser()
     launch.add_common_arguments(again)
     copy = launch.prepare(launch.parse(again, job.arguments()))
     assert copy.agent_cfg.to_dict() | {"seed": 0} == job.agent_cfg.to_dict() | {"seed": 0}

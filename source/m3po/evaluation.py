@@ -38,30 +38,32 @@ def evaluate(env: VecEnv, policy: Policy, num_episodes: int, on_step: Callable[[
 def evaluate_policies(
     env: VecEnv, policies: Mapping[str, Policy], num_episodes: int, on_step: Callable[[], None] | None = None
 ) -> dict[str, dict]:
-    """Evaluate several policies in one pass, each on its own slice of the environments, from a fresh reset.
+    """Evaluate several policies in one pass, each on its own share of the environments, from a fresh reset.
 
     Args:
         env: The environments; needs ``reset()`` besides what :class:`rsl_rl.env.VecEnv` asks for.
-        policies: The policies by name. The environments are split evenly among them, in order.
-        num_episodes: Episodes of each policy, spread evenly over its environments.
+        policies: The policies by name. The environments of each task are split evenly among them, in order.
+        num_episodes: Episodes of each policy in each task, spread evenly over its environments.
         on_step: Called after every step, for example to record a frame.
 
     Returns:
-        The result of each policy under its name, as :func:`evaluate` describes it. A task reports success as one number
+        The result of each policy under its name, as :func:`evaluate` describes it. Of several tasks it is that of all
+        episodes together, with the results of the tasks by name under ``tasks``, their ``score`` where it is defined
+        (:func:`capped_score`), and ``score_mean`` and ``score_min`` over them.
+
+        Success comes from ``extras["success"]`` where there is one. Otherwise a task reports success as one number
         for all episodes that end in a step. Where this number is the share of time-outs at every step, success means
         survival and is known for each episode. Otherwise each of them counts with the number; where they belong to
         several policies and the number is neither 0 nor 1, ``success_rate`` is ``None``.
 
     Raises:
-        UserError: If there are fewer environments than policies, or no episodes are asked for.
+        UserError: If a task has fewer environments than there are policies, or no episodes are asked for.
         M3POError: If the episodes do not end within the task's time limit.
     """
     if num_episodes < 1:
         raise UserError(f"The number of episodes must be at least 1, got {num_episodes}.")
-    if env.num_envs < len(policies):
-        raise UserError(f"{len(policies)} policies need at least as many environments, got {env.num_envs}.")
-    slices = _split(env.num_envs, len(policies))
-    tally = _Tally(env, slices, num_episodes)
+    parts = _split(env, len(policies))
+    tally = _Tally(env, parts, num_episodes)
     max_steps = tally.num_slots * (int(torch.as_tensor(env.max_episode_length).max()) + 1)
 
     start = time.perf_counter()
@@ -69,13 +71,15 @@ def evaluate_policies(
     # reset is inside as well.
     with torch.inference_mode():
         obs, _ = env.reset()
-        for policy, part in zip(policies.values(), slices, strict=True):
-            _reset(policy, torch.ones(part.stop - part.start, dtype=torch.bool, device=env.device))
+        for policy, part in zip(policies.values(), parts, strict=True):
+            _reset(policy, torch.ones(len(part), dtype=torch.bool, device=env.device))
+        actions = torch.zeros(env.num_envs, env.num_actions, device=env.device)
         for step in range(1, max_steps + 1):
-            actions = [policy(obs[part]).to(env.device) for policy, part in zip(policies.values(), slices, strict=True)]
-            obs, rewards, dones, extras = env.step(torch.cat(actions))
+            for policy, part in zip(policies.values(), parts, strict=True):
+                actions[part] = policy(obs[part]).to(env.device)
+            obs, rewards, dones, extras = env.step(actions.clone())
             tally.add(rewards, dones, extras)
-            for policy, part in zip(policies.values(), slices, strict=True):
+            for policy, part in zip(policies.values(), parts, strict=True):
                 _reset(policy, dones[part])
             if on_step is not None:
                 on_step()
@@ -85,27 +89,48 @@ def evaluate_policies(
             raise M3POError(f"The evaluation's episodes did not end within {max_steps} steps, the task's time limit.")
     steps_per_second = step * env.num_envs / (time.perf_counter() - start)
     return {
-        name: {**tally.summary(part), "steps_per_second": steps_per_second}
-        for name, part in zip(policies, slices, strict=True)
+        name: {**_summary(env, tally, part), "steps_per_second": steps_per_second}
+        for name, part in zip(policies, parts, strict=True)
     }
+
+
+def _summary(env: VecEnv, tally: _Tally, part: torch.Tensor) -> dict:
+    """Statistics of the environments of ``part``, and of each of several tasks among them."""
+    result = tally.summary(part)
+    if getattr(env, "num_tasks", 1) == 1:
+        return result
+    result["tasks"] = {}
+    for k, (name, score_range) in enumerate(zip(env.task_names, env.score_ranges, strict=True)):
+        task = tally.summary(part[(env.task_ids == k)[part].to(part.device)])
+        if task["success_rate"] is not None:
+            task["score"] = task["success_rate"]
+        elif score_range is not None:
+            task["score"] = capped_score(task["return_mean"], score_range)
+        result["tasks"][name] = task
+    scores = [task["score"] for task in result["tasks"].values() if "score" in task]
+    if scores:
+        result |= {"score_mean": sum(scores) / len(scores), "score_min": min(scores)}
+    return result
 
 
 class _Tally:
     """Running episodes and the counted ones, on the environments' device."""
 
-    def __init__(self, env: VecEnv, slices: list[slice], num_episodes: int) -> None:
-        """Give every environment its share of the episodes; earlier environments take the remainder."""
+    def __init__(self, env: VecEnv, parts: list[torch.Tensor], num_episodes: int) -> None:
+        """Give every environment its share of its task's episodes; earlier environments take the remainder."""
         device = env.device
         self.quota = torch.empty(env.num_envs, dtype=torch.long, device=device)
         self.group = torch.empty(env.num_envs, dtype=torch.long, device=device)
         self.num_slots = 0
         """Largest share of an environment."""
-        for index, part in enumerate(slices):
-            share, remainder = divmod(num_episodes, part.stop - part.start)
-            self.quota[part] = share
-            self.quota[part][:remainder] += 1
+        for index, part in enumerate(parts):
             self.group[part] = index
-            self.num_slots = max(self.num_slots, share + (remainder > 0))
+            for rows in _rows_of_tasks(env):
+                mine = part[torch.isin(part, rows)]
+                share, remainder = divmod(num_episodes, len(mine))
+                self.quota[mine] = share
+                self.quota[mine[:remainder]] += 1
+                self.num_slots = max(self.num_slots, share + (remainder > 0))
         shape = (env.num_envs, self.num_slots)
         self.returns = torch.zeros(shape, device=device)
         self.lengths = torch.zeros(shape, device=device)
@@ -138,12 +163,19 @@ class _Tally:
             (self.returns, self._return),
             (self.lengths, self._length),
             (self.terminated, (~time_outs).float()),
-            (self.success, self._reported_success(done, time_outs, extras.get("log") or {})),
+            (self.success, self._success(done, time_outs, extras)),
         ):
             table[self._rows, slot] = torch.where(counted, value, table[self._rows, slot])
         self.finished += counted
         self._return.masked_fill_(done, 0.0)
         self._length.masked_fill_(done, 0.0)
+
+    def _success(self, done: torch.Tensor, time_outs: torch.Tensor, extras: dict[str, Any]) -> torch.Tensor:
+        """Return the success of the episodes that end now, shape () or (num_envs,); NaN where unknown."""
+        if "success" in extras:
+            self._is_survival.fill_(False)
+            return extras["success"].to(self._return)
+        return self._reported_success(done, time_outs, extras.get("log") or {})
 
     def _reported_success(self, done: torch.Tensor, time_outs: torch.Tensor, log: dict[str, Any]) -> torch.Tensor:
         """Return the success of the episodes that end now, shape (); NaN where unknown.
@@ -163,8 +195,8 @@ class _Tally:
         """Return whether every environment has played its share. Waits for the device."""
         return bool((self.finished >= self.quota).all())
 
-    def summary(self, part: slice) -> dict:
-        """Return the statistics of the counted episodes of a slice of the environments."""
+    def summary(self, part: torch.Tensor) -> dict:
+        """Return the statistics of the counted episodes of environments, shape (n,)."""
         counted = torch.arange(self.num_slots, device=self.quota.device) < self.quota[part, None]
         success = torch.where(self._is_survival, 1.0 - self.terminated, self.success)
         columns = torch.stack([t[part][counted] for t in (self.returns, self.lengths, self.terminated, success)])
@@ -181,15 +213,38 @@ class _Tally:
         }
 
 
+def capped_score(mean_return: float, score_range: tuple[float, float]) -> float:
+    """Where a mean return lies in a task's range, capped to [0, 1]."""
+    low, high = score_range
+    return min(max((mean_return - low) / (high - low), 0.0), 1.0)
+
+
 def is_success_rate(key: str) -> bool:
     """Tell a task's success metric (``Metrics/success_rate``, ``Metrics/lift_success_rate``) from reward terms."""
     return key.startswith("Metrics/") and key.endswith("success_rate")
 
 
-def _split(num_envs: int, num_groups: int) -> list[slice]:
-    """Split the environments into contiguous slices whose sizes differ by at most one."""
-    bounds = [num_envs * index // num_groups for index in range(num_groups + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+def _rows_of_tasks(env: VecEnv) -> list[torch.Tensor]:
+    """Environments of each task."""
+    if getattr(env, "num_tasks", 1) == 1:
+        return [torch.arange(env.num_envs, device=env.device)]
+    return [(env.task_ids == k).nonzero().squeeze(-1) for k in range(env.num_tasks)]
+
+
+def _split(env: VecEnv, num_groups: int) -> list[torch.Tensor]:
+    """Split the environments of each task into groups whose sizes differ by at most one.
+
+    Raises:
+        UserError: If a task has fewer environments than there are groups.
+    """
+    groups: list[list[torch.Tensor]] = [[] for _ in range(num_groups)]
+    for rows in _rows_of_tasks(env):
+        if len(rows) < num_groups:
+            raise UserError(f"{num_groups} policies need at least as many environments, got {len(rows)}.")
+        bounds = [len(rows) * index // num_groups for index in range(num_groups + 1)]
+        for group, (start, stop) in zip(groups, itertools.pairwise(bounds), strict=True):
+            group.append(rows[start:stop])
+    return [torch.cat(group) for group in groups]
 
 
 def _reset(policy: Policy, dones: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from m3po.config import AlgorithmCfg, BonusCfg, PlannerCfg, WorldModelCfg
 
 
@@ -95,3 +97,40 @@ def paper_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
         ),
         bonus=BonusCfg(alpha=1.0, anneal_fraction=1.0, centering="mean"),
     )
+
+
+def suite_runner_cfg(num_tasks: int, num_envs: int, device: str, mode: str, algo: str) -> dict[str, Any]:
+    """Runner configuration for tasks that bring none of their own.
+
+    Args:
+        num_tasks: Tasks K.
+        num_envs: Environments of all tasks together.
+        device: Torch device name.
+        mode: ``default`` or ``paper``.
+        algo: ``m3po``, or ``ppo``: its PPO core alone, without model, planner and bonus.
+
+    Returns:
+        The configuration; ``algorithm`` is an :class:`~m3po.config.AlgorithmCfg`.
+    """
+    algorithm = {"default": default_preset, "paper": paper_preset}[mode](device)
+    algorithm.normalize_values = True
+    if num_tasks > 1:
+        algorithm.world_model.task_embedding_dim = 96 if not device.startswith("cpu") else 16
+    if algo == "ppo":
+        algorithm.distill_coef = 0.0
+        algorithm.world_model.steps_per_iteration = algorithm.world_model.extra_steps = 0
+        algorithm.planner.share = 0.0
+        algorithm.bonus.alpha = 0.0
+    width = 256 if device.startswith("cpu") else 512
+    network = {"class_name": "MLPModel", "hidden_dims": [width, width], "activation": "elu", "obs_normalization": True}
+    noise = {"class_name": "GaussianDistribution", "init_std": 0.5, "std_type": "log"}
+    return {
+        "num_steps_per_env": 16,
+        "max_iterations": 250,
+        "save_interval": 50,
+        "check_for_nan": True,
+        "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
+        "actor": {**network, "distribution_cfg": noise},
+        "critic": dict(network),
+        "algorithm": algorithm,
+    }

@@ -3,40 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from typing import Any
 
 from m3po.errors import UserError
 
 ALGORITHMS = {"m3po": "m3po_cfg_entry_point", "ppo": "rsl_rl_cfg_entry_point"}
 """Algorithm -> its default agent entry point."""
-
-
-def check_device(requested: str | None) -> str:
-    """Choose the device, CUDA where available, and refuse one that is not there.
-
-    Args:
-        requested: ``cpu``, ``cuda``, ``cuda:N`` or ``None`` for the default.
-
-    Returns:
-        ``cpu`` or ``cuda:N``.
-    """
-    import torch
-
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if requested is None:
-        return "cuda:0" if available else "cpu"
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", requested)
-    if match is None:
-        raise UserError(f"unknown device '{requested}': use cpu, cuda or cuda:N.")
-    if requested == "cpu":
-        return "cpu"
-    index = int(match[1] or 0)
-    if index >= available:
-        raise UserError(
-            f"device '{requested}' is not available: torch sees {available} CUDA devices. Use --device cpu."
-        )
-    return f"cuda:{index}"
 
 
 def choose_agent(task: str, algo: str, requested: str | None) -> str:

@@ -1,45 +1,22 @@
-"""Evaluates checkpoints in a process of its own, with its own simulation, beside a running training.
-
-Isaac Lab allows one simulation per process, and resetting the training's environments would disturb its rollouts.
-Parent and child speak JSON, one object per line: orders through the child's stdin, results through its stdout. Whatever
-else the child prints goes to a log file.
-"""
+"""Evaluates the checkpoints of a training on an Isaac Lab task, in a process and a simulation of its own."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import queue
-import subprocess
 import sys
-import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from m3po.errors import M3POError, UserError
+from m3po.errors import UserError
+from m3po.evaluation_process import POLICIES, SEED_OFFSET, Evaluate, EvaluationProcess, acting_cfg, answer
 
 from . import launch
 
-SEED_OFFSET = 10_000
-"""Added to the training's seed: evaluation starts from states that training does not draw."""
 
-POLICIES = {"m3po": ("prior", "planner"), "ppo": ("prior",)}
-"""What is evaluated of each algorithm; the environments are split evenly among them."""
-
-_LOG_LINES = 20
-"""Last lines of the log that the report of a failure quotes."""
-
-_EXIT_SECONDS = 10
-"""How long a child that was told to stop may take before it is killed."""
-
-
-class EvaluationWorker:
-    """Evaluates checkpoints asynchronously; the ``evaluator`` of :class:`m3po.runners.M3PORunner`.
-
-    The child starts with the first checkpoint and lives until :meth:`close`, or until this process dies.
-    """
+class EvaluationWorker(EvaluationProcess):
+    """Evaluates a training's checkpoints with a simulation of its own."""
 
     def __init__(self, job: launch.Job, log_path: Path, num_envs: int = 32) -> None:
         """Remember what to evaluate; nothing is started.
@@ -57,150 +34,31 @@ class EvaluationWorker:
                 f"evaluating {' and '.join(POLICIES[job.algo])} needs at least {len(POLICIES[job.algo])} environments, "
                 f"got {num_envs}."
             )
-        self.log_path = log_path
         # The child repeats the training's own resolution of its configuration, checks included, before it changes the
         # number of environments and the seed. Thus it accepts whatever the training has accepted.
         training = ["--num_envs", str(job.env_cfg.scene.num_envs), "--seed", str(job.agent_cfg.seed)]
-        self._order = {"arguments": job.arguments() + training, "num_envs": num_envs}
-        self._process: subprocess.Popen | None = None
-        self._replies: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
-        """Results in the order of their checkpoints; ``None`` when the child has ended."""
-        self._outstanding = 0
-        self._closed = False
-
-    def submit(self, checkpoint_path: str, iteration: int) -> None:
-        """Queue a checkpoint; returns at once. Does nothing after a reported failure or :meth:`close`."""
-        if self._closed:
-            return
-        if self._process is None:
-            self._start()
-        self._outstanding += 1
-        self._send({"checkpoint": str(checkpoint_path), "iteration": iteration})
-
-    def poll(self) -> list[dict]:
-        """Results that have arrived since the last call, in order.
-
-        Returns:
-            For each checkpoint ``iteration``, ``checkpoint`` and, under ``prior`` and ``planner`` (``None`` for PPO),
-            the statistics of :func:`m3po.evaluation.evaluate`.
-
-        Raises:
-            M3POError: Once, if the child has ended; quotes what it said last.
-        """
-        return self._collect(block=False)
-
-    def wait(self) -> list[dict]:
-        """Results of everything queued; blocks. Otherwise like :meth:`poll`."""
-        return self._collect(block=True)
-
-    def close(self) -> None:
-        """End the child at once; what it has not finished is dropped."""
-        process = self._process
-        if process is None or self._closed:
-            return
-        self._closed = True
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # the end of its orders is what tells the child to stop
-        try:
-            process.wait(_EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        self._reader.join()
-        process.stdout.close()
-
-    def _start(self) -> None:
-        """Start the child and the thread that reads its results."""
-        with open(self.log_path, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "isaaclab_m3po.evaluation_worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is for the training, which then closes this
-            )
-        self._reader = threading.Thread(target=_read, args=(self._process.stdout, self._replies), daemon=True)
-        self._reader.start()
-        self._send(self._order)
-
-    def _send(self, order: dict[str, Any]) -> None:
-        """Write a line to the child. The pipe holds hundreds of orders, so this does not wait for it."""
-        with contextlib.suppress(BrokenPipeError):  # the child has ended; the reader reports it
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def _collect(self, block: bool) -> list[dict]:
-        """Take results from the queue; with ``block``, until nothing is outstanding."""
-        results = []
-        while not self._closed and not (block and self._outstanding == 0):
-            try:
-                reply = self._replies.get(block=block)
-            except queue.Empty:
-                break
-            if reply is None:
-                if results:  # these first; the failure is for the next call
-                    self._replies.put(None)
-                    break
-                self._fail()
-            results.append(reply)
-            self._outstanding -= 1
-        return results
-
-    def _fail(self) -> None:
-        """Report the end of a child that should be alive."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_EXIT_SECONDS)  # its own exit code, before :meth:`close` tells it to stop
-        self.close()
-        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-        raise M3POError(
-            f"The evaluation process ended with exit code {self._process.returncode}. The end of {self.log_path}:\n"
-            + "\n".join(lines)
-        )
+        order = {"arguments": job.arguments() + training, "num_envs": num_envs}
+        super().__init__("isaaclab_m3po.evaluation_worker", order, log_path)
 
 
-def _read(stream: IO[bytes], replies: queue.SimpleQueue) -> None:
-    """Move the child's replies from its pipe to a queue until the pipe ends."""
-    for line in stream:
-        replies.put(json.loads(line))
-    replies.put(None)
-
-
-def main() -> int:
-    """The child: evaluate what stdin names until it ends."""
-    # Isaac Lab, Newton and Warp print to stdout; from here on that is the log.
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    os.nice(5)  # the training comes first where cores are scarce
-    orders: queue.SimpleQueue[dict] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
-    return launch.guarded(lambda _: _serve(orders, replies), [])
-
-
-def _listen(orders: queue.SimpleQueue) -> None:
-    """Queue the orders from stdin. Its end means that the parent has closed it or died, even in mid-evaluation."""
-    for line in sys.stdin:
-        orders.put(json.loads(line))
-    os._exit(0)
-
-
-def _serve(orders: queue.SimpleQueue, replies: IO[str]) -> int:
-    """Start the simulation and answer orders until the process ends."""
+@contextlib.contextmanager
+def _build(order: dict[str, Any]) -> Iterator[Evaluate]:
+    """Start the simulation that evaluates a training's checkpoints."""
     from m3po.evaluation import evaluate_policies
     from m3po.runners import M3PORunner
 
-    order = orders.get()
     job = make_job(order["arguments"], order["num_envs"])
     kinds = POLICIES[job.algo]
     with launch.environment(job) as env:
         runner = M3PORunner(env, acting_cfg(job.train_cfg()), log_dir=None, device=job.device)
-        while True:
-            order = orders.get()
-            runner.load(order["checkpoint"], load_cfg={"actor": True})
+
+        def evaluate(checkpoint: str) -> dict[str, dict]:
+            runner.load(checkpoint, load_cfg={"actor": True})
             env.seed(job.agent_cfg.seed)  # the same initial states for every checkpoint
             policies = {kind: runner.inference_policy(kind) for kind in kinds}
-            results = evaluate_policies(env, policies, env.num_envs // len(kinds))
-            replies.write(json.dumps(order | {"planner": None} | results) + "\n")
+            return evaluate_policies(env, policies, env.num_envs // len(kinds))
+
+        yield evaluate
 
 
 def make_job(arguments: list[str], num_envs: int) -> launch.Job:
@@ -218,13 +76,5 @@ def make_job(arguments: list[str], num_envs: int) -> launch.Job:
     return job
 
 
-def acting_cfg(train_cfg: dict[str, Any]) -> dict[str, Any]:
-    """Reduce a runner configuration to acting: storage and mini-batches are not used, and kept small."""
-    algorithm = train_cfg["algorithm"] | {"num_mini_batches": 1}
-    if "world_model" in algorithm:
-        algorithm["world_model"] = algorithm["world_model"] | {"ring_transitions": 0}
-    return train_cfg | {"algorithm": algorithm}
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(_build))

@@ -14,17 +14,17 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from m3po.cli.arguments import Parser, at_least, check_device
 from m3po.errors import M3POError, UserError
 
 from . import assets
-from .checks import ALGORITHMS, check_agent, check_device, check_sizes, choose_agent
+from .checks import ALGORITHMS, check_agent, check_sizes, choose_agent
 
 SELECTORS = {"latest": "model_last.pt", "best": "model_best.pt"}
 """Checkpoint selector -> file that it means in the newest run that has one."""
@@ -91,53 +91,6 @@ class Job:
             "--assets": self.args.assets,
         }
         return [part for option in options.items() for part in option] + self.overrides
-
-
-def guarded(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
-    """Run a command; a user's mistake becomes one message on stderr.
-
-    Args:
-        main: Command that takes the arguments and returns an exit code.
-        argv: Arguments without the program's name.
-
-    Returns:
-        Exit code: the command's own, 2 for a user's mistake, 1 for another known failure, 130 when interrupted.
-    """
-    try:
-        return main(list(argv))
-    except M3POError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    """Argument type: an integer that is not smaller than ``minimum``."""
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected an integer, got '{text}'") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
-        return value
-
-    return convert
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like all others."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and exiting."""
-        raise UserError(f"{message} (--help lists all options)")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,18 +7,15 @@ here such a path is an error that lists what exists.
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from m3po.cli.overrides import assign, parse_value
 from m3po.errors import UserError
 
 _SELECTOR = re.compile(r"^(physics|renderer|presets)=.+$")
 _ASSIGNMENT = re.compile(r"^(env|agent)(\.[A-Za-z0-9_\-]+)+=", re.ASCII)
-_LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def resolve_configurations(
@@ -69,103 +66,3 @@ def resolve_configurations(
         section, path = key.split(".", 1)
         assign(roots[section], path, parse_value(text), section)
     return env_cfg, agent_cfg
-
-
-def parse_value(text: str) -> Any:
-    """Read a Python literal, ``true``/``false``/``none``/``null`` in any case, or else the text itself."""
-    if text.lower() in _LITERALS:
-        return _LITERALS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def assign(root: Any, path: str, value: Any, section: str) -> None:
-    """Set an existing field of a configuration tree.
-
-    Args:
-        root: Configuration object or dictionary.
-        path: Dotted path below it.
-        value: New value.
-        section: Name of the root, for messages.
-
-    Raises:
-        UserError: If the path does not exist or the value does not fit the present one.
-    """
-    *parents, leaf = path.split(".")
-    node, where = root, section
-    for name in parents:
-        node, where = _child(node, name, where), f"{where}.{name}"
-    current = _child(node, leaf, where)
-    value = _fit(current, value, _annotation(node, leaf), f"{where}.{leaf}")
-    if isinstance(node, dict):
-        node[leaf] = value
-    else:
-        setattr(node, leaf, value)
-
-
-def _fields(node: Any) -> list[str]:
-    """Names below a node of a configuration tree."""
-    if isinstance(node, Mapping):
-        return [str(key) for key in node]
-    return [name for name in getattr(node, "__dict__", {}) if not name.startswith("_")]
-
-
-def _child(node: Any, name: str, where: str) -> Any:
-    """Value below a node; a missing name is the user's mistake."""
-    names = _fields(node)
-    if name not in names:
-        if not names:
-            raise UserError(f"unknown override '{where}.{name}': {where} is a single value without fields.")
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise UserError(f"unknown override '{where}.{name}'.{hint} {where} has: {', '.join(names)}.")
-    return node[name] if isinstance(node, Mapping) else getattr(node, name)
-
-
-def _annotation(node: Any, name: str) -> str:
-    """Text of a field's annotation; empty for a dictionary's entry, which has none."""
-    annotation = getattr(type(node), "__annotations__", {}).get(name, "")
-    return getattr(annotation, "__name__", None) or str(annotation)
-
-
-def _fit(current: Any, value: Any, annotation: str, where: str) -> Any:
-    """Convert a value to the kind that the field holds, or say what it expects."""
-
-    def expects(kind: str) -> UserError:
-        return UserError(f"override '{where}' expects {kind}, got {value!r}.")
-
-    if value is None:
-        if current is not None and annotation and "None" not in annotation and "Optional" not in annotation:
-            raise expects(f"a value like {current!r}")
-        return None
-    if current is None or current is dataclasses.MISSING:
-        return value
-    if isinstance(current, bool):
-        if not isinstance(value, bool):
-            raise expects("true or false")
-    elif isinstance(current, int) and "float" not in annotation:  # 16 is a legal default of a float field
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise expects("an integer")
-    elif isinstance(current, (int, float)):
-        if isinstance(value, str):  # float() also reads inf and nan, which are no Python literals
-            try:
-                return float(value)
-            except ValueError:
-                raise expects("a number") from None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise expects("a number")
-        return float(value)
-    elif isinstance(current, str):
-        if not isinstance(value, str):
-            return str(value)
-    elif isinstance(current, (list, tuple)):
-        if not isinstance(value, (list, tuple)):
-            raise expects(f"a list like {list(current)}")
-        return type(current)(value)
-    elif isinstance(current, Mapping) and isinstance(value, Mapping):
-        return value
-    elif isinstance(current, Mapping) or hasattr(current, "__dataclass_fields__"):
-        raise expects(f"one of its fields to be set instead; it has: {', '.join(_fields(current))}")
-    return value

@@ -19,8 +19,8 @@ from m3po.storage import RolloutStorage
 class AdvantageEstimator:
     """Evaluates rollouts with the critic.
 
-    With ``normalize_values`` the critic's output is in units of ``RMS(reward) / (1 - gamma)`` of the task, so that tasks
-    with large rewards do not drown those with small ones; without, in reward units.
+    With ``normalize_values`` the critic's output is in units of ``RMS(reward) / (1 - gamma)`` of the task, so that
+    tasks with large rewards do not drown those with small ones; without, in reward units.
     """
 
     def __init__(
@@ -104,4 +104,4 @@ class AdvantageEstimator:
         if st.any_lost:
             # A step that never took place must not reach the steps before it: its temporal difference is 0.
             gamma = self.tasks.discounts[st.task]
-            st.next_values[st.lost] = (st.values / gamma)[st.lost]
+            st.next_values[st.lost] = ((st.values - st.rewards) / gamma)[st.lost]

@@ -183,7 +183,7 @@ class Behaviour:
             decision = self.prior(obs)
             mu, sigma = decision.mean, decision.std
             ids = torch.arange(mu.shape[0], device=mu.device)
-            task = task_of(obs)
+            task = task_of(obs) if self.tasks.count > 1 else torch.zeros_like(ids)
             z = self.model.encode(self.encode_obs(obs), task)
             plan = self.planner.plan(z, mu, sigma, task, ids, step, self._mask(task))
             step += 1

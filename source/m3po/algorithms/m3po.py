@@ -114,8 +114,8 @@ class M3PO:
             rewards: Rewards, (N,).
             dones: Ends of episodes, (N,).
             extras: ``time_outs`` (N,) marks truncations, without it every end is a termination; ``final_obs`` holds
-                the observations before a reset and is stale on rows that were not reset; ``lost`` (N,) marks
-                environments that had to be restarted, whose step never took place.
+                the observations before a reset and is stale on rows that were not reset (``final_obs_valid`` (N,):
+                where it is delivered); ``lost`` (N,) marks environments that had to be restarted.
         """
         dones = dones.bool()
         time_outs = extras.get("time_outs")
@@ -127,7 +127,8 @@ class M3PO:
             for group in self.storage.next_obs.keys():  # noqa: SIM118 - a TensorDict iterates over its rows
                 rows = dones.view(-1, *[1] * (obs[group].dim() - 1))
                 groups[group] = torch.where(rows, final_obs[group].to(self.device), obs[group])
-            next_obs, valid = TensorDict(groups, batch_size=obs.batch_size), torch.ones_like(dones)
+            next_obs = TensorDict(groups, batch_size=obs.batch_size)
+            valid = extras.get("final_obs_valid", torch.ones_like(dones)) | ~dones
         self.storage.add_outcome(next_obs, valid, rewards, terminated, dones, extras.get("lost"))
         self.actor.reset(dones)
         self.critic.reset(dones)
@@ -207,7 +208,7 @@ class M3PO:
             self.tasks.discounts[task],
         )
         centred = centre(gap / self.advantage_std[task], task, len(self.advantage_std), cfg.centering)
-        centred = (centred * st.next_obs_valid.flatten()).view_as(st.advantages)
+        centred = (centred * (st.next_obs_valid & ~st.lost).flatten()).view_as(st.advantages)
         with_bonus = add_bonus(st.advantages, centred, alpha, cfg.floor)
         metrics["bonus/gap"] = gap.mean().item()
         metrics["bonus/mean_abs"] = (with_bonus - st.advantages).abs().mean().item()
@@ -217,12 +218,13 @@ class M3PO:
     def _update_statistics(self) -> None:
         """Normalisers, frozen until here, learn from the rollout; the model trains on the new statistics next."""
         st = self.storage
-        flat = st.obs.flatten(0, 1)
+        flat, task = st.obs.flatten(0, 1), st.task.flatten()
         self.actor.update_normalization(flat)
         self.critic.update_normalization(flat)
-        task = st.task.flatten()
-        self.model.obs_normalizer.update(self.model_obs(flat), task)
-        self.model.rewards.update(st.rewards.flatten(), st.terminated.flatten(), task)
+        if self.learns_model:
+            kept = ~st.lost.flatten()
+            self.model.obs_normalizer.update(self.model_obs(flat), task)
+            self.model.rewards.update(st.rewards.flatten()[kept], st.terminated.flatten()[kept], task[kept])
 
     def _policy(self, obs: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of the policy prior in observations with batch size (B,), (B, A) each. Draws nothing."""
@@ -344,7 +346,8 @@ class M3PO:
         if hasattr(env.cfg, "compute_final_obs"):
             # Isaac Lab reads this at every step: it makes the observation before a reset available.
             env.cfg.compute_final_obs = True
-        next_groups = list(dict.fromkeys([*cfg["obs_groups"]["critic"], *model_groups]))
+        task_group = ["task"] if tasks.count > 1 else []
+        next_groups = list(dict.fromkeys([*cfg["obs_groups"]["critic"], *model_groups, *task_group]))
         storage = RolloutStorage(obs, next_groups, num_steps, env.num_actions, device)
         return M3PO(
             actor,

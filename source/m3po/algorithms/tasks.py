@@ -30,9 +30,7 @@ class Tasks:
     def single(cls, num_envs: int, num_actions: int, gamma: float, device: str) -> Tasks:
         """One task in all environments."""
         mask = torch.ones(1, num_actions, dtype=torch.bool, device=device)
-        return cls(
-            torch.zeros(num_envs, dtype=torch.long, device=device), torch.tensor([gamma], device=device), mask
-        )
+        return cls(torch.zeros(num_envs, dtype=torch.long, device=device), torch.tensor([gamma], device=device), mask)
 
     @classmethod
     def of(cls, env: VecEnv, gamma: float, device: str) -> Tasks:

@@ -25,10 +25,8 @@ def embed(table: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
 
 
 def task_of(obs: TensorDict) -> torch.Tensor:
-    """Task ids in observations, whose group ``task`` has shape (..., 1); shape (...,), 0 without that group."""
-    if "task" in obs.keys():  # noqa: SIM118 - a TensorDict iterates over its rows
-        return obs["task"].squeeze(-1)
-    return torch.zeros(obs.batch_size, dtype=torch.long, device=obs.device)
+    """Task ids in the observations of several tasks, whose group ``task`` has shape (..., 1); shape (...,)."""
+    return obs["task"].squeeze(-1)
 
 
 class TaskGaussian(GaussianDistribution):

@@ -1,20 +1,22 @@
 """What surrounds a matrix product in imagination: eager torch, compiled by torch's inductor, or fused Triton kernels.
 
-The three forms compute the same and write into given tensors. On a CPU the first two still allocate a temporary of
-one chunk while they run, inside torch's LayerNorm and inductor's loops; the Triton kernels, and any form in a CUDA
-graph, do not.
+All forms compute the same, and write into given tensors and into scratch of their own. What is allocated besides: on a
+CPU, inductor's statistics of rows (one number per row) and the workspace of oneDNN's bfloat16 products, which does not
+grow with the rows; on a GPU the intermediate results of inductor, which a CUDA graph holds.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F
 
 from m3po.models.layers import LATENT_FLOOR, LOGIT_BOUND
 from m3po.models.two_hot import symexp
-from m3po.planning.packed_model import PackedLayer
+from m3po.planning.packed_model import PackedLayer, PackedModel
 
 
 class Epilogues(Protocol):
@@ -33,58 +35,107 @@ class Epilogues(Protocol):
             b: Another buffer of that shape; not ``x``.
 
         Returns:
-            The result, which is in one of the buffers.
+            The result, which is in one of the buffers; the other one is overwritten.
         """
 
     def simnorm(self, update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
-        """``z <- SimNorm(log(z + floor) + update)``, or ``SimNorm(update)`` without ``residual``; both (R, Z)."""
+        """``z <- SimNorm(log(z + floor) + update)``, or ``SimNorm(update)`` without ``residual``; both (R, Z).
+
+        ``update`` may be overwritten.
+        """
 
     def two_hot(self, logits: torch.Tensor, bins: torch.Tensor, out: torch.Tensor) -> None:
-        """``out <- symexp(softmax(logits) bins)``; logits (R, B), bins (B,), out (R,) float32."""
+        """``out <- symexp(softmax(logits) bins)``; logits (R, B), bins (B,), out (R,) float32.
+
+        ``logits`` may be overwritten.
+        """
+
+
+def make_epilogues(kind: str, rows: int, group: int, model: PackedModel) -> Epilogues:
+    """Create the epilogues of a model.
+
+    Args:
+        kind: ``eager``, ``compiled`` or ``triton``.
+        rows: Most rows that they will be given.
+        group: Dimensions of a simplex of the latent.
+        model: The model.
+    """
+    if kind == "triton":
+        return TritonEpilogues()
+    compiled = kind == "compiled"
+    columns = model.latent_dim if compiled else max(model.latent_dim, model.width, model.num_bins)
+    make = CompiledEpilogues if compiled else EagerEpilogues
+    return make(rows, 0 if model.dtype == torch.float32 else columns, model.latent_dim // group, model.bins.device)
 
 
 class EagerEpilogues:
-    """One torch operation after the other, in buffers of its own."""
+    """One torch operation after the other: in the given tensors if they are float32, else in float32 scratch."""
 
-    def __init__(self, rows: int, width: int, device: torch.device) -> None:
-        """Allocate a buffer for at most ``rows`` rows of at most ``width`` columns."""
-        self._buffer = torch.empty(rows * width, device=device)
+    def __init__(self, rows: int, columns: int, groups: int, device: torch.device) -> None:
+        """Allocate the scratch.
 
-    def _scratch(self, rows: int, width: int) -> torch.Tensor:
-        return self._buffer[: rows * width].view(rows, width)
+        Args:
+            rows: Most rows.
+            columns: Most columns of tensors that are not float32; 0 if all are.
+            groups: Groups of a latent.
+            device: Of all tensors.
+        """
+        self._scratch = torch.empty(2, rows * columns, device=device)
+        self._sums = torch.empty(rows * groups, device=device)
+
+    def _float32(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """``x`` itself or, if it is of another type, a float32 tensor of its shape."""
+        return x if x.dtype == torch.float32 else self._scratch[index, : x.numel()].view(x.shape)
+
+    def _per_row(self, *shape: int) -> torch.Tensor:
+        """Room for sums over rows or their groups."""
+        return self._sums[: math.prod(shape)].view(shape)
 
     def linear_norm_mish(
         self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
     ) -> torch.Tensor:
         """See :class:`Epilogues`."""
         rows, width = a.shape
-        s = self._scratch(rows, width)
         torch.mm(x, layer.weight.T, out=b)
-        torch.add(_grouped(b, bias), bias.unsqueeze(1), out=_grouped(s, bias))
-        normed = F.layer_norm(s, [width], layer.norm_weight, layer.norm_bias, layer.eps)
-        # Mish by its rational form: tanh(log(1 + w)) with w = exp(x) is n / (n + 2) with n = w (w + 2).
-        w = torch.clamp(normed, max=20.0, out=s).exp_()
-        n = torch.addcmul(w, w, w, value=0.5, out=w).mul_(2.0)
-        normed.mul_(n)
-        return torch.div(normed, n.add_(2.0), out=a)
+        y, w, row = self._float32(0, b), self._float32(1, a), self._per_row(rows, 1)
+        _grouped(y.copy_(b), bias).add_(bias.unsqueeze(1))
+        y.sub_(torch.mean(y, -1, keepdim=True, out=row))
+        # sqrt(width) / sqrt(|y|^2 + width eps) is one over the deviation.
+        torch.linalg.vector_norm(y, dim=-1, keepdim=True, out=row).square_().add_(width * layer.eps).rsqrt_()
+        torch.addcmul(layer.norm_bias, y.mul_(row), layer.norm_weight, value=width**0.5, out=y)
+        # Mish is y tanh(log(1 + w)) = y - y / (1 + w + w^2 / 2) with w = exp(y), which may overflow.
+        torch.exp(y, out=w)
+        torch.addcmul(w, w, w, value=0.5, out=w).add_(1.0)
+        return a.copy_(torch.addcdiv(y, y, w, value=-1.0, out=w))
 
     def simnorm(self, update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
         """See :class:`Epilogues`."""
-        weight = self._scratch(*z.shape).copy_(update).clamp_(-LOGIT_BOUND, LOGIT_BOUND).exp_()
+        rows, latent = z.shape
+        weight, base = self._float32(0, update).copy_(update), self._float32(1, z)
+        weight.clamp_(-LOGIT_BOUND, LOGIT_BOUND).exp_()
         if residual:
-            weight.mul_(z + LATENT_FLOOR)
-        grouped = weight.unflatten(1, (-1, group))
-        torch.div(grouped, grouped.sum(-1, keepdim=True), out=z.unflatten(1, (-1, group)))
+            weight.mul_(base.copy_(z).add_(LATENT_FLOOR))
+        grouped, sums = weight.unflatten(1, (-1, group)), self._per_row(rows, latent // group, 1)
+        torch.div(grouped, torch.sum(grouped, -1, keepdim=True, out=sums), out=base.unflatten(1, (-1, group)))
+        z.copy_(base)
 
     def two_hot(self, logits: torch.Tensor, bins: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Epilogues`."""
-        p = torch.softmax(logits.float(), -1)
-        out.copy_(symexp(torch.mv(p, bins)))
+        p, row = self._float32(0, logits).copy_(logits), self._per_row(len(out), 1)
+        p.sub_(torch.amax(p, -1, keepdim=True, out=row)).exp_()
+        torch.mv(p, bins, out=out).div_(torch.sum(p, -1, keepdim=True, out=row).squeeze(1))
+        size = torch.abs(out, out=row.squeeze(1)).expm1_()
+        torch.copysign(size, out, out=out)
 
 
 def _grouped(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Rows (R, O) as (G, R / G, O) for the G rows of a bias."""
     return x.view(bias.shape[0], -1, x.shape[1])
+
+
+def _stored(x: torch.Tensor) -> torch.Tensor:
+    # Inductor would work a statistic of a row out again for every number of the row. A stride makes it store it.
+    return torch.as_strided(x, x.shape, x.stride())
 
 
 def _norm_mish(
@@ -95,10 +146,10 @@ def _norm_mish(
     eps: float,
     out: torch.Tensor,
 ) -> None:
-    # Written out for Mish's rational form: one exponential instead of softplus and tanh.
     x = product.float() + bias
-    x = x - x.mean(-1, keepdim=True)
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight + norm_bias
+    x = x - _stored(x.mean(-1, keepdim=True))
+    x = x * _stored(torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)) * weight + norm_bias
+    # Mish by its rational form: one exponential instead of softplus and tanh.
     w = x.clamp(max=20.0).exp()
     n = w * (w + 2.0)
     out.copy_(x * n / (n + 2.0))
@@ -113,20 +164,23 @@ def _simnorm(update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) 
 
 
 def _two_hot(logits: torch.Tensor, bins: torch.Tensor, out: torch.Tensor) -> None:
-    p = torch.softmax(logits.float(), -1)
-    out.copy_(symexp((p * bins).sum(-1)))
+    logits = logits.float()
+    # The quotient of two sums, instead of a softmax, leaves no matrix to store.
+    p = (logits - logits.amax(-1, keepdim=True)).exp()
+    out.copy_(symexp((p * bins).sum(-1) / p.sum(-1)))
 
 
-class CompiledEpilogues:
+@cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile lazily: at the first call, and once more for all other numbers of rows."""
+    # One process may plan in two precisions and for one and many environments: more than dynamo expects.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # What is made of more tensors than that and used twice would be stored: a matrix of a chunk.
+    return torch.compile(function, fullgraph=True, options={"realize_reads_threshold": 8})
+
+
+class CompiledEpilogues(EagerEpilogues):
     """Everything but the matrix product in a few loops, generated by torch's inductor (a C++ compiler on a CPU)."""
-
-    def __init__(self) -> None:
-        """Compile lazily: at the first call, and once more for all other numbers of rows."""
-        # One process may plan in two precisions and for one and many environments: more than dynamo expects.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        self._norm_mish, self._simnorm, self._two_hot = (
-            torch.compile(f, fullgraph=True) for f in (_norm_mish, _simnorm, _two_hot)
-        )
 
     def linear_norm_mish(
         self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
@@ -134,16 +188,19 @@ class CompiledEpilogues:
         """See :class:`Epilogues`."""
         torch.mm(x, layer.weight.T, out=b)
         product, out = _grouped(b, bias), _grouped(a, bias)
-        self._norm_mish(product, bias.unsqueeze(1), layer.norm_weight, layer.norm_bias, layer.eps, out)
+        _compiled(_norm_mish)(product, bias.unsqueeze(1), layer.norm_weight, layer.norm_bias, layer.eps, out)
         return a
 
     def simnorm(self, update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
         """See :class:`Epilogues`."""
-        self._simnorm(update, z, group, residual)
+        if z.is_cuda:
+            _compiled(_simnorm)(update, z, group, residual)
+        else:  # here inductor's loops need a matrix of a chunk
+            super().simnorm(update, z, group, residual)
 
     def two_hot(self, logits: torch.Tensor, bins: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Epilogues`."""
-        self._two_hot(logits, bins, out)
+        _compiled(_two_hot)(logits, bins, out)
 
 
 class TritonEpilogues:

@@ -8,8 +8,8 @@ import torch
 
 from m3po.config import PlannerCfg
 from m3po.models import WorldModel
-from m3po.planning.epilogues import CompiledEpilogues, EagerEpilogues, Epilogues, TritonEpilogues
-from m3po.planning.packed_model import PackedHead, PackedModel
+from m3po.planning.epilogues import Epilogues, make_epilogues
+from m3po.planning.packed_model import PackedHead, PackedLayer, PackedModel
 
 CHUNK_ROWS = {"cpu": 2048, "cuda": 32768}
 """Rows that are imagined together: what keeps the activations near a core's cache, or fills a GPU once (untested)."""
@@ -49,16 +49,17 @@ class Imagination:
     trajectories are evaluated by the caller once, not in every iteration.
     """
 
-    def __init__(self, model: WorldModel, cfg: PlannerCfg, gamma: float) -> None:
+    def __init__(self, model: WorldModel, cfg: PlannerCfg, gamma: float | torch.Tensor) -> None:
         """Bind imagination to a model.
 
         Args:
             model: World model.
             cfg: Planner: precision, epilogues and chunk size.
-            gamma: Discount per step.
+            gamma: Discount per step, one number or one for each task (K,).
         """
-        self.cfg, self.gamma = cfg, gamma
+        self.cfg = cfg
         self.device = model.task_embedding.device
+        self.gamma = torch.as_tensor(gamma, dtype=torch.float32, device=self.device).expand(len(model.task_embedding))
         self.model = PackedModel(model, DTYPES[cfg.precision])
         self.residual, self.group = model.residual, model.cfg.simnorm_dim
         self.max_rows = cfg.chunk_rows or CHUNK_ROWS[self.device.type]
@@ -89,12 +90,15 @@ class Imagination:
         shared = self._shared
         torch.index_select(model.termination_logit, 0, start.task, out=shared["termination"])
         torch.index_select(model.fall_reward, 0, start.task, out=shared["fall"])
+        torch.index_select(self.gamma, 0, start.task, out=shared["gamma"])
+        if start.action_mask is not None:
+            shared["mask"].copy_(start.action_mask)
         layer = model.transition.first
         latent_weight = layer.weight[:, : model.latent_dim]
         shared["z"].copy_(start.z)
         torch.mm(shared["z"], latent_weight.T, out=shared["product"])
-        torch.index_select(layer.bias, 0, start.task, out=shared["first"])
-        shared["first"].add_(shared["product"])
+        # Operations on two types of numbers would allocate; a copy from one to the other does not.
+        shared["first"].copy_(shared["product"]).add_(_task_bias(layer, start.task, shared["bias"]))
         self._start = start
 
     def roll(
@@ -138,7 +142,7 @@ class Imagination:
         model, start, shared = self.model, self._start, self._shared
         n, samples, horizon, dims = u.shape
         rows, latent = n * samples, model.latent_dim
-        x = self._buffers["x"][:rows]
+        x, a = self._buffers["x"][:rows], self._buffers["actions"][:rows].view(n, samples, dims)
         z, xa = x[:, :latent], x[:, latent : latent + dims].unflatten(0, (n, samples))
         out = self._buffers["out"][:rows]
         end = latent + model.num_bins
@@ -146,36 +150,38 @@ class Imagination:
         value, alive, chance = (self._buffers[name][:rows] for name in ("value", "alive", "chance"))
         total, alive_view, chance_view = returns, alive.view(n, samples), chance.view(n, samples)
         value_view = value.view(n, samples)
-        sigma, rate, fall = start.sigma[part, None], shared["termination"][part, None], shared["fall"][part, None]
+        rate, fall, gamma = (shared[name][part, None] for name in ("termination", "fall", "gamma"))
+        sigma = start.sigma[part, None]
 
         z.view(n, samples, latent).copy_(shared["z"][part, None])
         total.zero_()
-        alive.fill_(1.0)
-        discount = 1.0
+        alive.fill_(1.0)  # and discounted
         for k in range(horizon):
             if nominal is not None:
-                torch.addcmul(nominal[:, None, k], sigma, u[:, :, k], out=xa)
+                a.copy_(nominal[:, None, k])
             elif k == 0:
-                torch.addcmul(start.mu[part, None], sigma, u[:, :, 0], out=xa)
+                a.copy_(start.mu[part, None])
             else:
                 own = self._prior(part, x.view(n, samples, -1)[:, : actions.shape[1], :latent])
-                torch.addcmul(own, sigma, u[:, : own.shape[1], k], out=xa[:, : own.shape[1]])
-                torch.addcmul(own[:, :1], sigma, u[:, own.shape[1] :, k], out=xa[:, own.shape[1] :])
+                a[:, : own.shape[1]] = own
+                a[:, own.shape[1] :] = own[:, :1]
+                if start.action_mask is not None:
+                    a.mul_(shared["mask"][part, None])
+            xa.copy_(a.addcmul_(sigma, u[:, :, k]))
             if nominal is None:
-                actions[:, :, k] = xa[:, : actions.shape[1]]
+                actions[:, :, k] = a[:, : actions.shape[1]]
             self._transition(x, out, shared["first"][part] if k == 0 else None, start.task[part])
             self._epilogues.two_hot(logits, self.bins, value)
-            torch.add(fall_logit, rate, out=chance_view).neg_().sigmoid_()  # of going on
+            chance_view.copy_(fall_logit).add_(rate).neg_().sigmoid_()  # of going on
             if self.model.model.cfg.terminal_reward:
                 value_view.addcmul_(chance_view, fall, value=-1.0).add_(fall)
-            total.addcmul_(alive_view, value_view, value=discount)
-            alive.mul_(chance)
+            total.addcmul_(alive_view, value_view)
+            alive_view.mul_(chance_view.mul_(gamma))
             self._epilogues.simnorm(out[:, :latent], z, self.group, self.residual)
-            discount *= self.gamma
         logits = out[:, : model.num_bins]
         self._apply(model.value, z, start.task[part], logits)
         self._epilogues.two_hot(logits, self.bins, value)
-        total.addcmul_(alive_view, value_view, value=discount)
+        total.addcmul_(alive_view, value_view)
 
     def _transition(self, x: torch.Tensor, out: torch.Tensor, first: torch.Tensor | None, task: torch.Tensor) -> None:
         """Raw predictions of a step; at the start only the actions' part of the first layer is left to do."""
@@ -187,14 +193,13 @@ class Imagination:
             self._apply(own, x[:, latent:], task, out, first)
 
     def _prior(self, part: slice, z: torch.Tensor) -> torch.Tensor:
-        """Mean action of the latent prior in latents (n, C, Z), shape (n, C, A); 0 in masked dimensions."""
+        """Mean action of the latent prior in latents (n, C, Z), shape (n, C, A)."""
         n, count, _ = z.shape
         own = self._buffers["own"][: n * count]
         latents = self._buffers["prior"][: n * count]
         latents.view(z.shape).copy_(z)
         self._apply(self.model.prior, latents, self._start.task[part], own)
-        own = own.view(n, count, -1)
-        return own if self._start.action_mask is None else own.mul_(self._start.action_mask[part, None])
+        return own.view(n, count, -1)
 
     def _apply(
         self,
@@ -208,9 +213,7 @@ class Imagination:
         rows = x.shape[0]
         hidden = [self._buffers[name][:rows] for name in ("hidden_1", "hidden_2")]
         if bias is None:
-            bias = head.first.bias
-            if bias.shape[0] > 1:
-                bias = torch.index_select(bias, 0, task, out=self._buffers["bias"][: len(task)])
+            bias = _task_bias(head.first, task, self._buffers["bias"])
         h = self._epilogues.linear_norm_mish(x, head.first, bias, *hidden)
         other = hidden[1] if h is hidden[0] else hidden[0]
         h = self._epilogues.linear_norm_mish(h, head.second, head.second.bias, h, other)
@@ -227,10 +230,12 @@ class Imagination:
             return
         self._buffers = allocate(chunk_layout(rows, self.model), self.device)
         self._buffers["x"].zero_()  # its padding is read
-        if self.cfg.epilogues == "eager":
-            self._epilogues = EagerEpilogues(rows, scratch_width(self.model), self.device)
-        elif self._epilogues is None:
-            self._epilogues = CompiledEpilogues() if self.cfg.epilogues == "compiled" else TritonEpilogues()
+        self._epilogues = make_epilogues(self.cfg.epilogues, rows, self.group, self.model)
+
+
+def _task_bias(layer: PackedLayer, task: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Bias of a first layer by task: (1, W) if there is one task only, else (n, W) in a buffer of at least n rows."""
+    return layer.bias if len(layer.bias) == 1 else torch.index_select(layer.bias, 0, task, out=buffer[: len(task)])
 
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -242,11 +247,6 @@ def allocate(layout: Layout, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()}
 
 
-def scratch_width(model: PackedModel) -> int:
-    """Columns of the eager epilogues' buffers."""
-    return max(model.width, model.latent_dim, model.num_bins)
-
-
 def chunk_layout(rows: int, model: PackedModel) -> Layout:
     """Buffers of one chunk: inputs, two hidden layers, outputs, and the prior's."""
     return {
@@ -256,6 +256,7 @@ def chunk_layout(rows: int, model: PackedModel) -> Layout:
         "out": ((rows, model.output_dim), model.dtype),
         "prior": ((rows, model.latent_dim), model.dtype),
         "own": ((rows, model.action_dim), model.dtype),
+        "actions": ((rows, model.action_dim), torch.float32),
         "bias": ((rows if model.num_tasks > 1 else 0, model.width), torch.float32),
         "value": ((rows,), torch.float32),
         "alive": ((rows,), torch.float32),
@@ -271,4 +272,7 @@ def shared_layout(n: int, model: PackedModel) -> Layout:
         "first": ((n, model.width), torch.float32),
         "termination": ((n,), torch.float32),
         "fall": ((n,), torch.float32),
+        "gamma": ((n,), torch.float32),
+        "bias": ((n if model.num_tasks > 1 else 0, model.width), torch.float32),
+        "mask": ((n, model.action_dim), torch.float32),
     }

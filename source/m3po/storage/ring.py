@@ -58,8 +58,8 @@ class RolloutRing:
         self.head = 0
         """Slot that the next rollout is written to."""
         self._fields = {}
-        names = ("obs", "next_obs", "next_obs_valid", "actions", "rewards", "returns", "terminated", "dones", "lost", "task")
-        for name in names:
+        outcomes = ("next_obs", "next_obs_valid", "rewards", "returns", "terminated", "dones", "lost")
+        for name in ("obs", "task", "actions", *outcomes):
             source = getattr(rollout, name)
             if isinstance(source, TensorDict):
                 buffers = {k: self._allocate(v) for k, v in source.items()}

@@ -12,8 +12,8 @@ class RolloutStorage:
     """T steps of N environments with true terminations, time-outs, final observations and behaviour densities.
 
     ``next_obs[t]`` is the observation that step ``t`` led to before any reset, for the observation groups that need it;
-    ``next_obs_valid[t]`` is False where an episode ended and the environment did not deliver it. ``lost[t]`` marks steps
-    that never took place, because an environment had to be restarted: nothing is learnt from them.
+    ``next_obs_valid[t]`` is False where an episode ended and the environment did not deliver it. ``lost[t]`` marks
+    steps that never took place, because an environment had to be restarted: nothing is learnt from them.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class RolloutStorage:
         self.step = 0
 
     def mini_batches(self, num_mini_batches: int, num_epochs: int) -> Iterator[dict[str, torch.Tensor | TensorDict]]:
-        """Yield shuffled flat mini-batches of the steps that took place; one permutation serves all epochs, as in rsl_rl.
+        """Yield shuffled flat mini-batches of the steps that took place; one permutation serves all epochs (as rsl_rl).
 
         The fields are those of :meth:`add_action` with ``returns`` and ``advantages``.
         """

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3po.cli import arguments
 from m3po.errors import UserError
 
 from .. import launch, video
@@ -42,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         Exit code: 0, 2 for a user's mistake, 130 when interrupted.
     """
-    return launch.guarded(_main, argv)
+    return arguments.guarded(_main, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,14 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", choices=("prior", "planner"), default="prior", help="Policy that acts.")
     parser.add_argument(
         "--num_episodes",
-        type=launch.at_least(1),
+        type=arguments.at_least(1),
         help="Episodes, spread evenly over the environments (default: one each; with --viz, until Ctrl-C).",
     )
     parser.add_argument("--train_env_cfg", action="store_true", help="Keep what the task switches off for playing.")
     parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file of the result.")
     parser.add_argument("--export", nargs="?", const="", metavar="DIR", help="Write the prior as TorchScript and ONNX.")
     parser.add_argument("--video", nargs="?", const="", metavar="PATH", help="Record an mp4.")
-    parser.add_argument("--video_length", type=launch.at_least(1), default=300, help="Frames of the video.")
+    parser.add_argument("--video_length", type=arguments.at_least(1), default=300, help="Frames of the video.")
     return parser
 
 
@@ -116,10 +117,9 @@ def _train_cfg(job: launch.Job, checkpoint: Path) -> dict[str, Any]:
     The run that wrote the checkpoint may have used other overrides, or another device's preset. A checkpoint of our
     runner says so itself; the command line's own ``agent.`` overrides come on top.
     """
+    from m3po.cli.overrides import assign, parse_value
+    from m3po.evaluation_process import acting_cfg
     from m3po.runners.checkpoint import read_checkpoint
-
-    from ..evaluation_worker import acting_cfg
-    from ..overrides import assign, parse_value
 
     text = read_checkpoint(checkpoint, "cpu").get("m3po", {}).get("agent")
     if text is None:
@@ -226,7 +226,7 @@ def _print(result: dict[str, Any], policy: str) -> None:
 
 def _write(path: Path, job: launch.Job, checkpoint: Path, result: dict[str, Any]) -> None:
     """Write the result with what it takes to repeat it."""
-    from ..manifest import jsonable, package_versions
+    from m3po.manifest import package_versions, write_json
 
     content = {
         "task": job.task,
@@ -242,5 +242,5 @@ def _write(path: Path, job: launch.Job, checkpoint: Path, result: dict[str, Any]
         "versions": package_versions(),
         **result,
     }
-    path.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, content)
     print(f"[m3po] result: {path}", flush=True)

@@ -1,0 +1,81 @@
+"""Isaac Lab's tasks as a suite, so that several of them, and those of other suites, can train in one batch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rsl_rl.env import VecEnv
+
+from m3po.cli.arguments import Parser
+from m3po.envs.suite import TaskInfo
+from m3po.errors import UserError
+
+
+class IsaacLabSuite:
+    """Every registered Isaac Lab task; each needs a process of its own, where Isaac Lab has its one simulation."""
+
+    name = "isaaclab"
+    own_process = True
+
+    def tasks(self) -> list[str]:
+        """Ids of all registered tasks that have an agent."""
+        from . import registration  # noqa: F401
+        from .tasks import isaaclab_tasks_with
+
+        return isaaclab_tasks_with("rsl_rl_cfg_entry_point")
+
+    def sets(self) -> dict[str, tuple[str, ...]]:
+        """The classic control tasks whose robots are embedded."""
+        return {"Isaac-Classic-MT3": ("Isaac-Cartpole", "Isaac-Ant", "Isaac-Humanoid")}
+
+    def resolve(self, name: str) -> str | None:
+        """The registered id of a name, with or without its old version suffix."""
+        if not name.lower().startswith("isaac"):
+            return None
+        from . import registration  # noqa: F401
+        from .tasks import resolve_task
+
+        try:
+            return resolve_task(name)
+        except UserError:
+            return None
+
+    def missing(self) -> str | None:
+        """Isaac Lab is always installed with us."""
+        return None
+
+    def info(self, task: str) -> TaskInfo:
+        """Episode length of a task; its sizes are known to its simulation alone."""
+        from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
+
+        cfg = load_cfg_from_registry(task, "env_cfg_entry_point")
+        return TaskInfo(task, None, None, math.ceil(cfg.episode_length_s / (cfg.sim.dt * cfg.decimation)))
+
+    @contextlib.contextmanager
+    def make(self, task: str, num_envs: int, *, seed: int, device: str, **options: Any) -> Iterator[VecEnv]:
+        """Simulate a task; the simulation ends with the context.
+
+        Args:
+            task: Registered id.
+            num_envs: Environments.
+            seed: Seed.
+            device: Torch device.
+            **options: ``assets``: where the robots come from, as ``--assets``.
+        """
+        from . import launch
+
+        parser = Parser()
+        launch.add_common_arguments(parser)
+        choices = {"--task": task, "--num_envs": num_envs, "--seed": seed, "--device": device}
+        choices |= {f"--{name}": value for name, value in options.items()}
+        job = launch.prepare(launch.parse(parser, [str(part) for choice in choices.items() for part in choice]))
+        job.env_cfg.compute_final_obs = True
+        with launch.environment(job) as env:
+            yield env
+
+
+SUITE = IsaacLabSuite()
+"""The suite, as the entry point names it."""

@@ -1,0 +1,85 @@
+"""What all commands share: argument types, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from m3po.errors import M3POError, UserError
+
+
+def guarded(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
+    """Run a command; a user's mistake becomes one message on stderr.
+
+    Args:
+        main: Command that takes the arguments and returns an exit code.
+        argv: Arguments without the program's name.
+
+    Returns:
+        Exit code: the command's own, 2 for a user's mistake, 1 for another known failure, 130 when interrupted.
+    """
+    try:
+        return main(list(argv))
+    except M3POError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Argument type: an integer that is not smaller than ``minimum``."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected an integer, got '{text}'") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        return value
+
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like all others."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise UserError(f"{message} (--help lists all options)")
+
+
+def check_device(requested: str | None) -> str:
+    """Choose the device, CUDA where available, and refuse one that is not there.
+
+    Args:
+        requested: ``cpu``, ``cuda``, ``cuda:N`` or ``None`` for the default.
+
+    Returns:
+        ``cpu`` or ``cuda:N``.
+    """
+    import torch
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if requested is None:
+        return "cuda:0" if available else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", requested)
+    if match is None:
+        raise UserError(f"unknown device '{requested}': use cpu, cuda or cuda:N.")
+    if requested == "cpu":
+        return "cpu"
+    index = int(match[1] or 0)
+    if index >= available:
+        raise UserError(
+            f"device '{requested}' is not available: torch sees {available} CUDA devices. Use --device cpu."
+        )
+    return f"cuda:{index}"

@@ -1,0 +1,239 @@
+"""From a command line to the environments of one or several tasks of any suite."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rsl_rl.env import VecEnv
+
+from m3po.algorithms.construction import check_cfg
+from m3po.cli.arguments import at_least, check_device
+from m3po.cli.overrides import assign, parse_value
+from m3po.config import AlgorithmCfg
+from m3po.envs.member_process import ProcessMember
+from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
+from m3po.envs.suite import TaskInfo, expand, find_task
+from m3po.errors import UserError
+from m3po.presets import suite_runner_cfg
+
+AGENTS = {"m3po_cfg_entry_point": "default", "m3po_paper_cfg_entry_point": "paper"}
+"""Agent, named as for a single Isaac Lab task -> mode of the preset."""
+
+NUM_ENVS = {"cpu": 64, "cuda": 1024}
+"""Environments of a task by type of device, unless the command line says otherwise."""
+
+CHECKPOINTS = {"latest": "model_last.pt", "best": "model_best.pt"}
+"""Checkpoint selector -> file that it means in the newest run that has one."""
+
+
+@dataclass
+class SuiteJob:
+    """A checked request: which tasks run, and how."""
+
+    args: argparse.Namespace
+    """Options."""
+
+    overrides: list[str]
+    """Overrides as typed; already applied to :attr:`train_cfg`."""
+
+    infos: list[TaskInfo]
+    """The tasks."""
+
+    sizes: list[int]
+    """Environments of each task."""
+
+    device: str
+    """Torch device of agent and environments."""
+
+    seed: int
+    """Seed of everything random."""
+
+    train_cfg: dict[str, Any]
+    """Runner configuration."""
+
+    def arguments(self) -> list[str]:
+        """Options that recreate this job in another process."""
+        args = self.args
+        options = {"--task": args.task, "--algo": args.algo, "--agent": args.agent, "--num_envs": sum(self.sizes)}
+        options |= {"--seed": self.seed, "--device": self.device, "--assets": args.assets}
+        options["--processes"] = args.processes
+        return [str(part) for option in options.items() for part in option] + self.overrides
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks."""
+        return [info.name for info in self.infos]
+
+
+def handles(argv: Sequence[str]) -> bool:
+    """Whether a command line names anything but one Isaac Lab task, which Isaac Lab's own launcher starts."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--task", default="")
+    name = early.parse_known_args(list(argv))[0].task
+    single_isaac = name == "" or (name.split(":")[-1].lower().startswith("isaac") and "," not in name)
+    return not single_isaac or "-MT" in name
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and playing share."""
+    parser.add_argument("--task", required=True, help="Tasks and task sets, separated by commas.")
+    parser.add_argument("--algo", choices=("m3po", "ppo"), default="m3po", help="m3po, or its PPO core without model.")
+    parser.add_argument("--agent", choices=list(AGENTS), default=next(iter(AGENTS)), help="Default or paper mode.")
+    count = parser.add_mutually_exclusive_group()
+    count.add_argument("--num_envs", type=at_least(1), help="Environments in total, split evenly over the tasks.")
+    count.add_argument("--num_envs_per_task", type=at_least(1), help="Environments of each task.")
+    parser.add_argument("--seed", type=at_least(-1), default=0, help="Seed of everything random; -1 draws one.")
+    parser.add_argument("--device", help="Torch device of agent and environments (default: CUDA where available).")
+    parser.add_argument("--assets", default="auto", help="Where the robots of Isaac Lab's tasks come from.")
+    parser.add_argument("--log_root", default="logs", help="Folder that receives the run folders.")
+    parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
+    parser.add_argument("--headless", action="store_true", help="Accepted and ignored: no window opens.")
+    parser.add_argument(
+        "--processes",
+        choices=("auto", "all", "none"),
+        default="auto",
+        help="Tasks with a process of their own: those that need one, all, or none.",
+    )
+
+
+def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
+    """Check a command line; nothing is started.
+
+    Args:
+        parser: Parser with :func:`add_common_arguments` and the command's own options.
+        argv: Arguments without the program's name.
+
+    Raises:
+        UserError: For everything that cannot run as asked.
+    """
+    args, rest = parser.parse_known_args(list(argv))
+    for token in rest:
+        if not token.startswith("agent.") or "=" not in token:
+            raise UserError(
+                f"'{token}' is neither an option (see --help) nor an override agent.FIELD=VALUE"
+                + (", and env.* is for a single Isaac Lab task." if token.startswith("env.") else ".")
+            )
+    names = expand(args.task)
+    found = [find_task(name) for name in names]
+    infos = [suite.info(task) for suite, task in found]
+    needy = [name for name, (suite, _) in zip(names, found, strict=True) if suite.own_process]
+    if args.processes == "none" and needy:
+        raise UserError(f"{', '.join(needy)} cannot share a process; --processes auto gives each its own.")
+    device = check_device(args.device)
+    sizes = _sizes(args, names, device)
+    seed = random.randrange(2**31) if args.seed == -1 else args.seed
+    train_cfg = _train_cfg(args, infos, sizes, device, seed)
+    for token in rest:
+        key, text = token.split("=", 1)
+        assign(train_cfg, key.removeprefix("agent."), parse_value(text), "agent")
+    algorithm: AlgorithmCfg = train_cfg["algorithm"]
+    check_cfg(algorithm, sum(sizes), train_cfg["num_steps_per_env"], device)
+    train_cfg["algorithm"] = dataclasses.asdict(algorithm) | {"class_name": "m3po.algorithms:M3PO"}
+    return SuiteJob(args, rest, infos, sizes, device, seed, train_cfg)
+
+
+def _sizes(args: argparse.Namespace, names: list[str], device: str) -> list[int]:
+    """Environments of each task."""
+    if args.num_envs is None:
+        each = args.num_envs_per_task or NUM_ENVS[torch.device(device).type]
+        return [each] * len(names)
+    if args.num_envs < len(names):
+        raise UserError(f"--num_envs {args.num_envs} leaves no environment for some of {len(names)} tasks.")
+    share, remainder = divmod(args.num_envs, len(names))
+    return [share + (k < remainder) for k in range(len(names))]
+
+
+def _train_cfg(
+    args: argparse.Namespace, infos: list[TaskInfo], sizes: list[int], device: str, seed: int
+) -> dict[str, Any]:
+    """Runner configuration before overrides, which are checked by the fields of its algorithm, still a dataclass."""
+    cfg = suite_runner_cfg(len(infos), sum(sizes), device, AGENTS[args.agent], args.algo)
+    if len(infos) == 1:
+        cfg["algorithm"].gamma = task_discount(infos[0].episode_length)
+    name = args.experiment_name or (args.task if len(args.task) <= 60 else f"{len(infos)}-tasks").replace(",", "+")
+    cfg |= {"seed": seed, "experiment_name": name, "task": ",".join(info.name for info in infos)}
+    if getattr(args, "max_iterations", None):
+        cfg["max_iterations"] = args.max_iterations
+    return cfg
+
+
+@contextlib.contextmanager
+def environments(
+    job: SuiteJob, sizes: list[int], seed: int, log_dir: Path | None = None, restart: bool = False
+) -> Iterator[VecEnv]:
+    """Create the environments of a job; they end with the context.
+
+    Args:
+        job: The checked request.
+        sizes: Environments of each task.
+        seed: Seed; each task gets one of its own.
+        log_dir: Folder that receives what processes of their own print.
+        restart: Whether a process that dies is started again.
+
+    Yields:
+        A member's own environments for a single task, otherwise a ``MultiTaskVecEnv``.
+    """
+    torch.manual_seed(seed)
+    with contextlib.ExitStack() as stack:
+        members = []
+        for k, (info, size) in enumerate(zip(job.infos, sizes, strict=True)):
+            suite, task = find_task(info.name)
+            if job.args.processes == "all" or (suite.own_process and job.args.processes == "auto"):
+                options = {"suite": suite.name, "task": task, "num_envs": size, "device": job.device}
+                if suite.name == "isaaclab":
+                    options["assets"] = job.args.assets
+                log = None if log_dir is None else log_dir / f"member_{info.name}.log"
+                env: VecEnv = ProcessMember(task, "m3po.envs.suite:make_environments", options, seed + k, log)
+            else:
+                env = suite.make(task, size, seed=seed + k, device=job.device)
+            stack.callback(env.close)
+            members.append(Member(info.name, env, info.score_range, info.reports_success))
+        if len(members) == 1:
+            yield members[0].env.connect() if isinstance(env, ProcessMember) else env
+            return
+        batch = MultiTaskVecEnv(members, job.device, restart)
+        stack.callback(batch.close)  # first, because it tells all processes to stop at once
+        yield batch
+
+
+def experiment_dir(job: SuiteJob) -> Path:
+    """Folder of all runs of the job's algorithm and experiment."""
+    return Path(job.args.log_root).resolve() / job.args.algo / job.train_cfg["experiment_name"]
+
+
+def create_run_dir(job: SuiteJob, run_name: str | None) -> Path:
+    """Create ``<log_root>/<algo>/<experiment>/<timestamp>[_run_name]``, never one that exists already."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = f"{stamp}_{run_name}" if run_name else stamp
+    try:
+        experiment_dir(job).mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"_{i}" for i in range(2, 100))):
+            with contextlib.suppress(FileExistsError):
+                run_dir = experiment_dir(job) / (name + suffix)
+                run_dir.mkdir()
+                return run_dir
+    except OSError as error:
+        raise UserError(f"cannot write the log folder '{experiment_dir(job)}': {error.strerror}.") from error
+    raise UserError(f"too many runs named '{name}' in '{experiment_dir(job)}'.")
+
+
+def resolve_checkpoint(job: SuiteJob, wanted: str) -> Path:
+    """Path of a checkpoint: ``latest`` and ``best`` are those of the newest run of the job's tasks that has one."""
+    if wanted not in CHECKPOINTS:
+        return Path(wanted)
+    runs = sorted(experiment_dir(job).glob(f"*/{CHECKPOINTS[wanted]}"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(runs):
+        manifest = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
+        if manifest["tasks"] == job.names:
+            return path
+    raise UserError(f"no run of these tasks in '{experiment_dir(job)}' has a {CHECKPOINTS[wanted]}; train first.")

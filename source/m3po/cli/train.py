@@ -1,0 +1,130 @@
+"""``scripts/train.py`` for task suites and several tasks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import m3po
+from m3po.cli import suite_job
+from m3po.cli.arguments import Parser, at_least, guarded
+from m3po.errors import UserError
+from m3po.evaluation_process import POLICIES, EvaluationProcess
+from m3po.manifest import git_revision, package_versions, write_json
+from m3po.runners import M3PORunner
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+SUITE_PACKAGES = ("dm-control", "metaworld", "mujoco-warp")
+"""Distributions whose versions are recorded besides the usual ones."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train as the command line says.
+
+    Args:
+        argv: Arguments without the program's name.
+
+    Returns:
+        Exit code: 0, 2 for a user's mistake, 130 when interrupted.
+    """
+    return guarded(_main, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(description="Train one agent on one or several tasks of any suite.")
+    suite_job.add_common_arguments(parser)
+    parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
+    parser.add_argument("--run_name", help="Appended to the name of the run folder.")
+    parser.add_argument("--checkpoint", metavar="latest|best|PATH", help="Continue from this checkpoint.")
+    parser.add_argument(
+        "--eval_interval",
+        type=at_least(0),
+        default=25,
+        help="Evaluate every so many iterations, in a process of its own; 0 never does, and keeps no model_best.pt.",
+    )
+    parser.add_argument("--eval_envs", type=at_least(2), default=10, help="Environments of an evaluation, per task.")
+    parser.add_argument(
+        "--restart_members", "--restart-members", action="store_true", help="Restart a task's process that dies."
+    )
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    """Check everything, then create the environments and train."""
+    job = suite_job.prepare(_parser(), argv)
+    args = job.args
+    if args.eval_interval and args.eval_envs < len(POLICIES[args.algo]):
+        raise UserError(f"--eval_envs must be at least {len(POLICIES[args.algo])}, one for each policy.")
+    checkpoint = suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
+    run_dir = suite_job.create_run_dir(job, args.run_name)
+    _write_manifest(job, run_dir)
+    _report(job, run_dir)
+    with contextlib.ExitStack() as stack:
+        evaluator = None
+        if args.eval_interval > 0:
+            order = {"arguments": job.arguments(), "num_envs": args.eval_envs}
+            evaluator = EvaluationProcess("m3po.cli.evaluate", order, run_dir / "evaluation.log")
+            stack.callback(evaluator.close)
+        env = stack.enter_context(
+            suite_job.environments(job, job.sizes, job.seed, run_dir, restart=args.restart_members)
+        )
+        train_cfg = job.train_cfg | {"eval_interval": args.eval_interval}
+        runner = M3PORunner(env, train_cfg, str(run_dir), job.device, evaluator)
+        if checkpoint is not None:
+            print(f"[m3po] continuing from {checkpoint}")
+            runner.load(str(checkpoint), map_location=job.device)
+        start = time.perf_counter()
+        try:
+            runner.learn(job.train_cfg["max_iterations"], init_at_random_ep_len=True)
+        except KeyboardInterrupt:
+            path = run_dir / suite_job.CHECKPOINTS["latest"]
+            runner.save(str(path))
+            print(f"\n[m3po] interrupted; saved {path}")
+            return INTERRUPTED
+        print(f"[m3po] trained for {time.perf_counter() - start:.1f} s; checkpoints in {run_dir}")
+    return 0
+
+
+def _report(job: suite_job.SuiteJob, run_dir: Path) -> None:
+    """Print what was chosen."""
+    algorithm = job.train_cfg["algorithm"]
+    model, planner = algorithm["world_model"], algorithm["planner"]
+    tasks = ", ".join(f"{name} x {size}" for name, size in zip(job.names, job.sizes, strict=True))
+    print(f"[m3po] tasks ({len(job.names)}): {tasks}")
+    print(f"[m3po] algorithm: {job.args.algo}, seed: {job.seed}, device: {job.device}")
+    print(f"[m3po] environments: {sum(job.sizes)}, steps per rollout: {job.train_cfg['num_steps_per_env']}")
+    if job.args.algo == "m3po":
+        budget = f"{planner['num_samples']} samples x {planner['num_iterations']} x horizon {planner['horizon']}"
+        means = f"{planner['kernels']} kernels, {planner['epilogues']} epilogues, {planner['precision']}"
+        share = f"{planner['share']:.0%} of the environments planned"
+        print(f"[m3po] preset: {suite_job.AGENTS[job.args.agent]} (model {model['size']}, {budget}, {share}), {means}")
+    print(f"[m3po] run folder: {run_dir}")
+
+
+def _write_manifest(job: suite_job.SuiteJob, run_dir: Path) -> None:
+    """Write ``run.json``: what the run was. It records no environment variables."""
+    manifest = {
+        "tasks": job.names,
+        "num_envs": job.sizes,
+        "created_at": datetime.now(UTC).isoformat(),
+        "command": sys.orig_argv[1:],
+        "algorithm": job.args.algo,
+        "agent": job.args.agent,
+        "seed": job.seed,
+        "device": job.device,
+        "torch_threads": torch.get_num_threads(),
+        "overrides": job.overrides,
+        "versions": package_versions(SUITE_PACKAGES),
+        "git": git_revision(Path(m3po.__file__)),
+        "configuration": {"agent": job.train_cfg},
+    }
+    write_json(run_dir / "run.json", manifest)
