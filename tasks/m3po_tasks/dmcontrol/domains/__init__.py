@@ -1,0 +1,1 @@
+"""One file per domain: its model, initial states, observation and reward; ``TASKS`` maps task names to constructors."""
