@@ -99,11 +99,11 @@ def paper_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
     )
 
 
-def suite_runner_cfg(num_tasks: int, num_envs: int, device: str, mode: str, algo: str) -> dict[str, Any]:
+def suite_runner_cfg(multi_task: bool, num_envs: int, device: str, mode: str, algo: str) -> dict[str, Any]:
     """Runner configuration for tasks that bring none of their own.
 
     Args:
-        num_tasks: Tasks K.
+        multi_task: Whether policy and critic are conditioned on the task.
         num_envs: Environments of all tasks together.
         device: Torch device name.
         mode: ``default`` or ``paper``.
@@ -114,7 +114,12 @@ def suite_runner_cfg(num_tasks: int, num_envs: int, device: str, mode: str, algo
     """
     algorithm = {"default": default_preset, "paper": paper_preset}[mode](device)
     algorithm.normalize_values = True
-    if num_tasks > 1:
+    if mode == "default" and device.startswith("cpu"):
+        # Few environments give small rollouts: larger steps of the policy, fewer of the model, a lighter distillation.
+        algorithm.desired_kl = 0.03
+        algorithm.distill_coef = 0.05
+        algorithm.world_model.steps_per_iteration = 12
+    if multi_task:
         algorithm.world_model.task_embedding_dim = 96 if not device.startswith("cpu") else 16
     if algo == "ppo":
         algorithm.distill_coef = 0.0

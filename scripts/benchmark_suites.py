@@ -1,0 +1,118 @@
+"""Learning curves on task suites and task sets: M3PO against its own PPO core, every run a process of its own.
+
+./isaaclab.sh -p scripts/benchmark_suites.py dmcontrol --seeds 1 2 3
+./isaaclab.sh -p scripts/benchmark_suites.py dmcontrol-multi classic-multi metaworld-multi
+./isaaclab.sh -p scripts/benchmark_suites.py --report
+
+Runs are stored below ``benchmarks/suites/<experiment>/<arm>``; one that is stored is not repeated, even if the code has
+changed since, and one that failed is stored as crashed. The PPO arm is M3PO without model, planner and bonus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmark_runs import ROOT, run_python
+
+DATA = ROOT / "benchmarks" / "suites"
+FILES = ("progress.csv", "tasks.csv", "evaluations.csv", "task_evaluations.csv", "embeddings.csv", "embeddings.png")
+"""What is kept of a run's folder."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training, repeated for each arm and seed."""
+
+    task: str
+    """``--task``."""
+
+    num_envs: int
+    """Environments of each task."""
+
+    iterations: int
+    """Rollouts of 16 steps."""
+
+    eval_envs: int = 20
+    """Environments, and episodes, of the noise-free evaluation of each task, over both policies together."""
+
+
+CLASSIC = ("Isaac-Cartpole-v0", "Isaac-Ant-v0", "Isaac-Humanoid-v0")
+DMC_SINGLE = ("cartpole-swingup", "finger-spin", "walker-stand", "walker-walk", "cheetah-run")
+DMC_MULTI = ("cartpole-swingup", "finger-spin", "walker-stand", "walker-walk", "cheetah-run", "cup-catch")
+
+GROUPS = {
+    # 0.5M frames each: 64 environments x 16 steps x action repeat 2 x 245
+    "dmcontrol": [Experiment(task, 64, 245) for task in DMC_SINGLE],
+    "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 32, 245)],
+    "classic": [Experiment(task, 256, 98) for task in CLASSIC],
+    "classic-multi": [Experiment("Isaac-Classic-MT3", 256, 98)],
+    "metaworld-multi": [Experiment("MT10", 16, 120)],
+}
+"""Group -> its experiments."""
+
+ARMS = ("m3po", "ppo")
+
+
+def folder(experiment: Experiment, arm: str, seed: int) -> Path:
+    """Where a run is stored."""
+    name = experiment.task if "," not in experiment.task else f"DMC-MT{len(experiment.task.split(','))}"
+    return DATA / name / arm / f"seed{seed}"
+
+
+def run(experiment: Experiment, arm: str, seed: int) -> None:
+    """Train one arm and store it."""
+    target = folder(experiment, arm, seed)
+    if (target / "run.json").exists():
+        return
+    # A list of one Isaac Lab task goes through the same harness as several, not through Isaac Lab's own launcher.
+    command = ["scripts/train.py", "--task", experiment.task, "--algo", arm, "--seed", str(seed), "--device", "cpu"]
+    command += ["--num_envs_per_task", str(experiment.num_envs), "--max_iterations", str(experiment.iterations)]
+    command += ["--eval_interval", str(experiment.iterations), "--eval_envs", str(experiment.eval_envs)]
+    print(f"[benchmark] {target.relative_to(DATA)}", flush=True)
+    with tempfile.TemporaryDirectory() as logs:
+        result = run_python([*command, "--log_root", logs])
+        manifests = list(Path(logs).rglob("run.json"))
+        record = {"command": " ".join(command), "return_code": result.returncode, "arm": arm, "seed": seed}
+        target.mkdir(parents=True, exist_ok=True)
+        if result.returncode != 0 or not manifests:
+            record |= {"crashed": True, "output": result.stdout[-2000:]}
+            print(f"[benchmark] {target.relative_to(DATA)} CRASHED", flush=True)
+        else:
+            manifest = json.loads(manifests[0].read_text(encoding="utf-8"))
+            record |= {key: manifest[key] for key in ("tasks", "num_envs", "device", "versions", "git")}
+            for name in FILES:
+                if (manifests[0].parent / name).is_file():
+                    shutil.copy(manifests[0].parent / name, target / name)
+    (target / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Run groups and print the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", choices=[[], *GROUPS], help="What to run; nothing makes the report only.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--processes", type=int, default=2, help="Runs at once; their order interleaves the arms.")
+    parser.add_argument("--report", action="store_true", help="Print the table and draw the plots of what is stored.")
+    args = parser.parse_args()
+    experiments = [experiment for group in args.groups for experiment in GROUPS[group]]
+    jobs = [(experiment, arm, seed) for seed in args.seeds for experiment in experiments for arm in args.arms]
+    with ThreadPoolExecutor(args.processes) as pool:
+        deque(pool.map(lambda job: run(*job), jobs), maxlen=0)
+    if args.report or args.groups:
+        from benchmark_suites_report import write_report
+
+        print(write_report(DATA))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
