@@ -35,7 +35,7 @@ class Experiment:
     """``--task``."""
 
     num_envs: int
-    """Environments of each task."""
+    """Environments of all tasks together."""
 
     iterations: int
     """Rollouts of 16 steps."""
@@ -51,10 +51,10 @@ DMC_MULTI = ("cartpole-swingup", "finger-spin", "walker-stand", "walker-walk", "
 GROUPS = {
     # 0.5M frames each: 64 environments x 16 steps x action repeat 2 x 245
     "dmcontrol": [Experiment(task, 64, 245) for task in DMC_SINGLE],
-    "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 32, 245)],
+    "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 6 * 32, 245)],
     "classic": [Experiment(task, 256, 98) for task in CLASSIC],
-    "classic-multi": [Experiment("Isaac-Classic-MT3", 256, 98)],
-    "metaworld-multi": [Experiment("MT10", 16, 120)],
+    "classic-multi": [Experiment("Isaac-Classic-MT3", 3 * 256, 98)],
+    "metaworld-multi": [Experiment("MT10", 10 * 16, 120)],
 }
 """Group -> its experiments."""
 
@@ -72,9 +72,8 @@ def run(experiment: Experiment, arm: str, seed: int) -> None:
     target = folder(experiment, arm, seed)
     if (target / "run.json").exists():
         return
-    # A list of one Isaac Lab task goes through the same harness as several, not through Isaac Lab's own launcher.
     command = ["scripts/train.py", "--task", experiment.task, "--algo", arm, "--seed", str(seed), "--device", "cpu"]
-    command += ["--num_envs_per_task", str(experiment.num_envs), "--max_iterations", str(experiment.iterations)]
+    command += ["--num_envs", str(experiment.num_envs), "--max_iterations", str(experiment.iterations)]
     command += ["--eval_interval", str(experiment.iterations), "--eval_envs", str(experiment.eval_envs)]
     print(f"[benchmark] {target.relative_to(DATA)}", flush=True)
     with tempfile.TemporaryDirectory() as logs:
@@ -87,7 +86,8 @@ def run(experiment: Experiment, arm: str, seed: int) -> None:
             print(f"[benchmark] {target.relative_to(DATA)} CRASHED", flush=True)
         else:
             manifest = json.loads(manifests[0].read_text(encoding="utf-8"))
-            record |= {key: manifest[key] for key in ("tasks", "num_envs", "device", "versions", "git")}
+            record |= {key: manifest[key] for key in ("num_envs", "device", "versions", "git")}
+            record["tasks"] = manifest["tasks"] if "tasks" in manifest else [manifest["task"]]
             for name in FILES:
                 if (manifests[0].parent / name).is_file():
                     shutil.copy(manifests[0].parent / name, target / name)
@@ -102,6 +102,7 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--processes", type=int, default=2, help="Runs at once; their order interleaves the arms.")
     parser.add_argument("--report", action="store_true", help="Print the table and draw the plots of what is stored.")
+    parser.add_argument("--reference", type=Path, metavar="CSV", help="Published curves to draw beside ours.")
     args = parser.parse_args()
     experiments = [experiment for group in args.groups for experiment in GROUPS[group]]
     jobs = [(experiment, arm, seed) for seed in args.seeds for experiment in experiments for arm in args.arms]
@@ -110,7 +111,7 @@ def main() -> int:
     if args.report or args.groups:
         from benchmark_suites_report import write_report
 
-        print(write_report(DATA))
+        print(write_report(DATA, args.reference))
     return 0
 
 
