@@ -169,7 +169,7 @@ def test_lost_steps_teach_nothing():
                 if t == 4:
                     lost = torch.arange(16) < 8
                     extras = {**extras, "lost": lost, "time_outs": extras["time_outs"] | lost}
-                    final = env.get_observations()
+                    final = env.get_observations().clone()
                     final["policy"][:8] += garbage
                     extras["final_obs"] = final
                     reward, dones = torch.where(lost, garbage, reward), dones | lost

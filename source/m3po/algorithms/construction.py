@@ -57,8 +57,8 @@ def build_networks(
 ) -> tuple[MLPModel, MLPModel, WorldModel, list[str]]:
     """Build policy prior, critic and world model, sized from the environment's spaces.
 
-    For a single task, policy and critic are rsl_rl's own models, so that they match PPO's in every detail. For several,
-    they share one table of task embeddings with the world model.
+    For a single task, policy and critic are rsl_rl's own models, so that they match PPO's in every detail. Where they
+    are conditioned on the task, they share one table of task embeddings with the world model.
 
     Returns:
         Actor, critic, world model, and the observation groups of the world model.
@@ -68,7 +68,7 @@ def build_networks(
     networks = []
     for name, outputs in (("actor", env.num_actions), ("critic", 1)):
         network_class, network_cfg = resolve_class(train_cfg[name])
-        if tasks.count > 1:
+        if tasks.conditioned:
             if network_class is not MLPModel:
                 raise UserError(f"the {name} of several tasks must be an MLPModel, got {network_class.__name__}.")
             network_class = TaskMLPModel
@@ -88,6 +88,6 @@ def build_networks(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train_cfg.get("seed", 0) + 1)
         model = WorldModel(obs_dim, env.num_actions, tasks.count, cfg.world_model).to(device)
-    if tasks.count > 1:
+    if tasks.conditioned:
         actor.task_embedding = critic.task_embedding = model.task_embedding
     return actor, critic, model, model_groups

@@ -346,7 +346,7 @@ class M3PO:
         if hasattr(env.cfg, "compute_final_obs"):
             # Isaac Lab reads this at every step: it makes the observation before a reset available.
             env.cfg.compute_final_obs = True
-        task_group = ["task"] if tasks.count > 1 else []
+        task_group = ["task"] if tasks.conditioned else []
         next_groups = list(dict.fromkeys([*cfg["obs_groups"]["critic"], *model_groups, *task_group]))
         storage = RolloutStorage(obs, next_groups, num_steps, env.num_actions, device)
         return M3PO(

@@ -21,6 +21,9 @@ class Tasks:
     action_mask: torch.Tensor
     """Action dimensions that each task has, (K, A), boolean."""
 
+    conditioned: bool = False
+    """Whether policy and critic are told the task, which the observations name then; always so for several tasks."""
+
     @property
     def count(self) -> int:
         """Number of tasks K."""
@@ -37,12 +40,13 @@ class Tasks:
         """The tasks of an environment: those of a :class:`~m3po.envs.multi_task.MultiTaskVecEnv`, or a single one.
 
         Args:
-            env: Environment.
+            env: Environment. Its policy is conditioned on the task wherever it has task ids, even of one task.
             gamma: Discount of a single task; several tasks bring their own.
             device: Torch device.
         """
-        if getattr(env, "num_tasks", 1) == 1:
+        if not hasattr(env, "task_ids"):
             return cls.single(env.num_envs, env.num_actions, gamma, device)
         ids = env.task_ids.to(device)
         first = torch.stack([(ids == k).nonzero()[0, 0] for k in range(env.num_tasks)])
-        return cls(ids, env.discounts.to(device), env.action_mask.to(device)[first])
+        discounts = env.discounts.to(device) if env.num_tasks > 1 else torch.tensor([gamma], device=device)
+        return cls(ids, discounts, env.action_mask.to(device)[first], conditioned=True)

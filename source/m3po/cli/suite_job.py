@@ -25,6 +25,7 @@ from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
 from m3po.envs.suite import TaskInfo, expand, find_task
 from m3po.errors import UserError
 from m3po.presets import suite_runner_cfg
+from m3po.runners.checkpoint import check_compatible, read_checkpoint
 
 AGENTS = {"m3po_cfg_entry_point": "default", "m3po_paper_cfg_entry_point": "paper"}
 """Agent, named as for a single Isaac Lab task -> mode of the preset."""
@@ -58,6 +59,9 @@ class SuiteJob:
     seed: int
     """Seed of everything random."""
 
+    multi_task: bool
+    """Whether agent and environments are those of several tasks, even where there is one."""
+
     train_cfg: dict[str, Any]
     """Runner configuration."""
 
@@ -67,7 +71,8 @@ class SuiteJob:
         options = {"--task": args.task, "--algo": args.algo, "--agent": args.agent, "--num_envs": sum(self.sizes)}
         options |= {"--seed": self.seed, "--device": self.device, "--assets": args.assets}
         options["--processes"] = args.processes
-        return [str(part) for option in options.items() for part in option] + self.overrides
+        flags = ["--multi_task"] if self.multi_task else []
+        return [str(part) for option in options.items() for part in option] + flags + self.overrides
 
     @property
     def names(self) -> list[str]:
@@ -76,12 +81,14 @@ class SuiteJob:
 
 
 def handles(argv: Sequence[str]) -> bool:
-    """Whether a command line names anything but one Isaac Lab task, which Isaac Lab's own launcher starts."""
+    """Whether a command line asks for anything but one Isaac Lab task alone, which Isaac Lab's own launcher starts."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--task", default="")
-    name = early.parse_known_args(list(argv))[0].task
-    single_isaac = name == "" or (name.split(":")[-1].lower().startswith("isaac") and "," not in name)
-    return not single_isaac or "-MT" in name
+    early.add_argument("--multi_task", "--multi-task", action="store_true")
+    early.add_argument("--transfer", nargs="?")
+    args = early.parse_known_args(list(argv))[0]
+    single_isaac = args.task == "" or (args.task.split(":")[-1].lower().startswith("isaac") and "," not in args.task)
+    return not single_isaac or "-MT" in args.task or args.multi_task or args.transfer is not None
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +105,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log_root", default="logs", help="Folder that receives the run folders.")
     parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
     parser.add_argument("--headless", action="store_true", help="Accepted and ignored: no window opens.")
+    parser.add_argument(
+        "--multi_task",
+        "--multi-task",
+        action="store_true",
+        help="Give a single task the networks of several, from which others can start (--transfer implies it).",
+    )
     parser.add_argument(
         "--processes",
         choices=("auto", "all", "none"),
@@ -132,14 +145,15 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
     device = check_device(args.device)
     sizes = _sizes(args, names, device)
     seed = random.randrange(2**31) if args.seed == -1 else args.seed
-    train_cfg = _train_cfg(args, infos, sizes, device, seed)
+    multi_task = args.multi_task or len(infos) > 1 or getattr(args, "transfer", None) is not None
+    train_cfg = _train_cfg(args, infos, multi_task, sum(sizes), device, seed)
     for token in rest:
         key, text = token.split("=", 1)
         assign(train_cfg, key.removeprefix("agent."), parse_value(text), "agent")
     algorithm: AlgorithmCfg = train_cfg["algorithm"]
     check_cfg(algorithm, sum(sizes), train_cfg["num_steps_per_env"], device)
     train_cfg["algorithm"] = dataclasses.asdict(algorithm) | {"class_name": "m3po.algorithms:M3PO"}
-    return SuiteJob(args, rest, infos, sizes, device, seed, train_cfg)
+    return SuiteJob(args, rest, infos, sizes, device, seed, multi_task, train_cfg)
 
 
 def _sizes(args: argparse.Namespace, names: list[str], device: str) -> list[int]:
@@ -154,10 +168,10 @@ def _sizes(args: argparse.Namespace, names: list[str], device: str) -> list[int]
 
 
 def _train_cfg(
-    args: argparse.Namespace, infos: list[TaskInfo], sizes: list[int], device: str, seed: int
+    args: argparse.Namespace, infos: list[TaskInfo], multi_task: bool, num_envs: int, device: str, seed: int
 ) -> dict[str, Any]:
     """Runner configuration before overrides, which are checked by the fields of its algorithm, still a dataclass."""
-    cfg = suite_runner_cfg(len(infos), sum(sizes), device, AGENTS[args.agent], args.algo)
+    cfg = suite_runner_cfg(multi_task, num_envs, device, AGENTS[args.agent], args.algo)
     if len(infos) == 1:
         cfg["algorithm"].gamma = task_discount(infos[0].episode_length)
     name = args.experiment_name or (args.task if len(args.task) <= 60 else f"{len(infos)}-tasks").replace(",", "+")
@@ -181,7 +195,7 @@ def environments(
         restart: Whether a process that dies is started again.
 
     Yields:
-        A member's own environments for a single task, otherwise a ``MultiTaskVecEnv``.
+        A ``MultiTaskVecEnv``, or the task's own environments where the job is not ``multi_task``.
     """
     torch.manual_seed(seed)
     with contextlib.ExitStack() as stack:
@@ -198,7 +212,7 @@ def environments(
                 env = suite.make(task, size, seed=seed + k, device=job.device)
             stack.callback(env.close)
             members.append(Member(info.name, env, info.score_range, info.reports_success))
-        if len(members) == 1:
+        if not job.multi_task:
             yield members[0].env.connect() if isinstance(env, ProcessMember) else env
             return
         batch = MultiTaskVecEnv(members, job.device, restart)
@@ -228,9 +242,19 @@ def create_run_dir(job: SuiteJob, run_name: str | None) -> Path:
 
 
 def resolve_checkpoint(job: SuiteJob, wanted: str) -> Path:
-    """Path of a checkpoint: ``latest`` and ``best`` are those of the newest run of the job's tasks that has one."""
-    if wanted not in CHECKPOINTS:
-        return Path(wanted)
+    """Find a checkpoint and check that it is readable and of the job's tasks.
+
+    Args:
+        job: The checked request.
+        wanted: Path of a file, or ``latest`` or ``best``: of the newest run of the job's tasks that has one.
+    """
+    path = _select_checkpoint(job, wanted) if wanted in CHECKPOINTS else Path(wanted)
+    tasks = job.names if job.multi_task else None
+    check_compatible(path, read_checkpoint(path, "cpu"), task=job.train_cfg["task"], tasks=tasks)
+    return path
+
+
+def _select_checkpoint(job: SuiteJob, wanted: str) -> Path:
     runs = sorted(experiment_dir(job).glob(f"*/{CHECKPOINTS[wanted]}"), key=lambda path: path.stat().st_mtime)
     for path in reversed(runs):
         manifest = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))

@@ -15,10 +15,13 @@ import torch
 import m3po
 from m3po.cli import suite_job
 from m3po.cli.arguments import Parser, at_least, guarded
+from m3po.envs.suite import suites
 from m3po.errors import UserError
 from m3po.evaluation_process import POLICIES, EvaluationProcess
 from m3po.manifest import git_revision, package_versions, write_json
 from m3po.runners import M3PORunner
+from m3po.runners.checkpoint import read_checkpoint
+from m3po.runners.task_transfer import TaskSizes, checkpoint_tasks, match_tasks, train_embedding_only
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -44,7 +47,24 @@ def _parser() -> argparse.ArgumentParser:
     suite_job.add_common_arguments(parser)
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
-    parser.add_argument("--checkpoint", metavar="latest|best|PATH", help="Continue from this checkpoint.")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--checkpoint", metavar="latest|best|PATH", help="Continue from this checkpoint.")
+    start.add_argument("--transfer", metavar="PATH", help="Start with what a checkpoint of other tasks has learnt.")
+    parser.add_argument(
+        "--init_task_from",
+        "--init-task-from",
+        type=_pairs,
+        default={},
+        metavar="NEW=OLD[,NEW=OLD]",
+        help="With --transfer: new tasks that start with the embeddings of tasks of the checkpoint.",
+    )
+    parser.add_argument(
+        "--train_only",
+        "--train-only",
+        choices=("all", "embedding"),
+        default="all",
+        help="Of a checkpoint, train all, or the embeddings and action noise of the tasks alone.",
+    )
     parser.add_argument(
         "--eval_interval",
         type=at_least(0),
@@ -58,6 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _pairs(text: str) -> dict[str, str]:
+    """Argument type: ``NEW=OLD,NEW=OLD``, task names by whatever names their suites know them."""
+    pairs = [part.split("=") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"expected NEW=OLD, got '{text}'")
+    result = {_canonical(new): _canonical(old) for new, old in pairs}
+    if len(result) < len(pairs):
+        raise argparse.ArgumentTypeError(f"a new task is named twice in '{text}'")
+    return result
+
+
+def _canonical(name: str) -> str:
+    return next((task for suite in suites().values() if (task := suite.resolve(name)) is not None), name)
+
+
 def _main(argv: list[str]) -> int:
     """Check everything, then create the environments and train."""
     job = suite_job.prepare(_parser(), argv)
@@ -65,6 +100,7 @@ def _main(argv: list[str]) -> int:
     if args.eval_interval and args.eval_envs < len(POLICIES[args.algo]):
         raise UserError(f"--eval_envs must be at least {len(POLICIES[args.algo])}, one for each policy.")
     checkpoint = suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
+    _check_start(job)
     run_dir = suite_job.create_run_dir(job, args.run_name)
     _write_manifest(job, run_dir)
     _report(job, run_dir)
@@ -82,6 +118,11 @@ def _main(argv: list[str]) -> int:
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)
+        if args.transfer is not None:
+            runner.transfer(args.transfer, args.init_task_from)
+        if args.train_only == "embedding":
+            print("[m3po] training nothing but task embeddings and action noise")
+            train_embedding_only(runner.alg)
         start = time.perf_counter()
         try:
             runner.learn(job.train_cfg["max_iterations"], init_at_random_ep_len=True)
@@ -92,6 +133,29 @@ def _main(argv: list[str]) -> int:
             return INTERRUPTED
         print(f"[m3po] trained for {time.perf_counter() - start:.1f} s; checkpoints in {run_dir}")
     return 0
+
+
+def _check_start(job: suite_job.SuiteJob) -> None:
+    """Check what training is to start from, and print where each task comes from.
+
+    Raises:
+        UserError: If the options or the tasks do not fit.
+    """
+    args = job.args
+    if args.train_only == "embedding" and not (job.multi_task and (args.checkpoint or args.transfer)):
+        raise UserError("--train_only embedding needs trained networks: --transfer, or --checkpoint of several tasks.")
+    if args.transfer is None:
+        if args.init_task_from:
+            raise UserError("--init_task_from needs a checkpoint to take the embeddings from: --transfer PATH.")
+        return
+    there = checkpoint_tasks(args.transfer, read_checkpoint(args.transfer, "cpu"))
+    here = [TaskSizes(info.name, info.obs_dim, info.action_dim) for info in job.infos]
+    source = match_tasks(there, here, args.init_task_from)
+    kept = [name for name in job.names if source.get(name) == name]
+    print(f"[m3po] transferring {len(kept)} of {len(there)} tasks from {args.transfer}")
+    new = [f"{name} ({'as ' + source[name] if name in source else 'afresh'})" for name in job.names if name not in kept]
+    if new:
+        print(f"[m3po] new tasks: {', '.join(new)}")
 
 
 def _report(job: suite_job.SuiteJob, run_dir: Path) -> None:

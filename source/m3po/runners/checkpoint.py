@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def check_compatible(
     content: dict[str, Any],
     *,
     task: str | None = None,
+    tasks: list[str] | None = None,
     algorithm: str | None = None,
     obs_dims: dict[str, int] | None = None,
     num_actions: int | None = None,
@@ -70,7 +72,8 @@ def check_compatible(
     Args:
         path: Its file, for messages.
         content: The checkpoint.
-        task: Task name.
+        task: Task name; of several, their names with commas between.
+        tasks: Task names where policy and critic are conditioned on the task.
         algorithm: ``m3po`` or ``ppo``.
         obs_dims: Dimensions of each observation group.
         num_actions: Dimensions of an action.
@@ -83,6 +86,8 @@ def check_compatible(
         raise CheckpointError(f"'{path}' carries no M3PO description; it was not written by M3PO's runner.")
     if found["format"] != FORMAT:
         raise CheckpointError(f"'{path}' has format {found['format']}; this version reads format {FORMAT}.")
+    if tasks is not None or (task is not None and "tasks" in found):
+        _check_tasks(path, found, tasks or [task], multi_task=tasks is not None)
     expected = {"task": task, "algorithm": algorithm, "obs_dims": obs_dims, "num_actions": num_actions}
     labels = {"obs_dims": "observation sizes", "num_actions": "number of actions"}
     differences = [
@@ -96,6 +101,36 @@ def check_compatible(
         )
 
 
+def _check_tasks(path: str | Path, found: dict[str, Any], ours: list[str], multi_task: bool) -> None:
+    """Refuse a checkpoint of another set of tasks, and say what the sets have in common."""
+    theirs = found.get("tasks") or (found["task"] or "a task without a name").split(",")
+    if theirs == ours:
+        if len(ours) == 1 and multi_task != ("tasks" in found):
+            trained = "without --multi_task; leave it out" if multi_task else "with --multi_task; add it"
+            raise CheckpointError(
+                f"The checkpoint '{path}' does not fit (nothing was loaded). It was trained {trained}."
+            )
+        return
+    sets = {
+        "Only in the checkpoint": [name for name in theirs if name not in ours],
+        "only here": [name for name in ours if name not in theirs],
+        "common": [name for name in theirs if name in ours],
+    }
+    listing = "; ".join(f"{label}: {', '.join(names) or 'none'}" for label, names in sets.items())
+    order = ", in another order" if set(theirs) == set(ours) else ""
+    advice = "To load the common ones, train with --transfer instead of --checkpoint."
+    if "tasks" not in found:
+        advice = "A single task's networks serve others only if they were trained with --multi_task."
+    raise CheckpointError(f"The checkpoint '{path}' is of other tasks (nothing was loaded). {listing}{order}. {advice}")
+
+
+def network_states(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Names and state dicts of the networks and statistics in what an algorithm saves; not of its optimisers."""
+    for name, state in content.items():
+        if name.endswith("_state_dict") and "optimizer" not in name:
+            yield name, state
+
+
 def check_shapes(content: dict[str, Any], expected: dict[str, Any]) -> None:
     """Compare the networks of a checkpoint with those about to be overwritten.
 
@@ -106,9 +141,7 @@ def check_shapes(content: dict[str, Any], expected: dict[str, Any]) -> None:
     Raises:
         CheckpointError: Names the first network that is missing or has other sizes; nothing was loaded.
     """
-    for name, state in expected.items():
-        if not name.endswith("_state_dict") or "optimizer" in name:
-            continue
+    for name, state in network_states(expected):
         found = {key: tuple(value.shape) for key, value in content.get(name, {}).items()}
         for key, value in state.items():
             if found.get(key) != tuple(value.shape):

@@ -21,6 +21,7 @@ from m3po.runners.checkpoint import FORMAT, check_compatible, check_shapes, read
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
 from m3po.runners.reporting import Reporter, console_block
+from m3po.runners.task_transfer import describe_tasks, described_tasks, transferred
 from m3po.stopwatch import Stopwatch
 
 
@@ -223,6 +224,7 @@ class M3PORunner(OnPolicyRunner):
         return {
             "format": FORMAT,
             "task": self.cfg.get("task"),
+            **describe_tasks(self.env),
             "algorithm": "m3po" if isinstance(self.alg, M3PO) and self.alg.learns_model else "ppo",
             "obs_dims": {group: value.shape[-1] for group, value in obs.items()},
             "num_actions": self.env.num_actions,
@@ -252,13 +254,32 @@ class M3PORunner(OnPolicyRunner):
         """
         content = read_checkpoint(path, map_location or self.device)
         here = self.description()
-        check_compatible(path, content, **{k: here[k] for k in ("task", "algorithm", "obs_dims", "num_actions")})
+        compared = ("task", "tasks", "algorithm", "obs_dims", "num_actions")
+        check_compatible(path, content, **{name: here[name] for name in compared if name in here})
         check_shapes(content, self.alg.save())
         if self.alg.load(content, load_cfg, strict):
             self.current_learning_iteration = content["iter"] + 1
             for name, value in content["runner_state"].items():
                 setattr(self, name, value)
         return content["infos"]
+
+    def transfer(self, path: str, init_from: dict[str, str] | None = None) -> None:
+        """Take over what a checkpoint of other tasks knows (:mod:`~m3po.runners.task_transfer`).
+
+        The environment must be a ``MultiTaskVecEnv``, even of one task. Training starts at the first iteration.
+
+        Args:
+            path: Checkpoint of several tasks, or of one trained as several are.
+            init_from: New tasks that start as tasks of the checkpoint.
+
+        Raises:
+            UserError: If the tasks or the networks do not fit; nothing is loaded then.
+        """
+        fresh, here = self.alg.save(), described_tasks(describe_tasks(self.env))
+        fitted = transferred(path, read_checkpoint(path, "cpu"), fresh, here, init_from)
+        check_shapes(fitted, fresh)
+        self.alg.load(fitted, {"actor": True, "critic": True}, strict=True)
+        self.alg.behaviour.restore(**fitted["planner"])
 
     def inference_policy(self, kind: str = "prior") -> Callable[[TensorDict], torch.Tensor]:
         """A noise-free policy, ``prior`` or ``planner``; PPO has only the former."""
