@@ -88,12 +88,23 @@ def without_contacts(model: mujoco.MjModel, count: int, draw: Callable[[int], np
 
 
 def settle(model: mujoco.MjModel, start: Initial, steps: int) -> Initial:
-    """States after ``steps`` physics steps without control, on all CPUs."""
+    """States after ``steps`` physics steps without control, on all CPUs.
+
+    As dm_control does it, which sets positions without a forward pass: the first step still has the accelerations of
+    the default pose.
+    """
     states = full_states(model, start)
+    one = mujoco.MjData(model)
+    for row, position in enumerate(start.qpos):
+        mujoco.mj_resetData(model, one)
+        mujoco.mj_forward(model, one)
+        one.qpos[:] = position
+        mujoco.mj_step2(model, one)
+        mujoco.mj_getState(model, one, states[row], mujoco.mjtState.mjSTATE_FULLPHYSICS)
     data = [mujoco.MjData(model) for _ in range(available_cpus())]
     with mujoco.rollout.Rollout(nthread=len(data)) as pool:
         for part in np.array_split(states, math.ceil(len(states) / 1024)):  # trajectories of all would need much memory
-            part[:] = pool.rollout(model, data, part, nstep=steps)[0][:, -1]
+            part[:] = pool.rollout(model, data, part, nstep=steps - 1)[0][:, -1]
     _, qpos, qvel, act = split_states(model, states)
     return Initial(qpos, qvel, act, start.target)
 
