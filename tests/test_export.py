@@ -8,8 +8,10 @@ import onnxruntime
 import pytest
 import torch
 from toy_env import PointEnv, runner_cfg
+from toy_members import ToyMember
 
-from isaaclab_m3po import export
+from m3po import export
+from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.errors import M3POError
 from m3po.runners import M3PORunner
 
@@ -50,3 +52,29 @@ def test_a_file_that_differs_is_an_error(
     monkeypatch.setattr(export, "_run_onnx", lambda file, vector: honest(file, vector) + error)
     with pytest.raises(M3POError, match=r"policy\.onnx' differs from torch"):
         export.export_policy(runner, tmp_path)
+
+
+def test_each_of_several_tasks_gets_a_policy_of_its_own(tmp_path: Path) -> None:
+    """From plain observations to a task's own actions, whatever the padding holds for the others."""
+    dims = {"small": 1, "large": 3}
+    env = MultiTaskVecEnv([Member(name, ToyMember(dim=dim, seed=dim)) for name, dim in dims.items()], "cpu")
+    runner = M3PORunner(env, runner_cfg(), log_dir=None, device="cpu")
+    obs = env.get_observations()
+    actor = runner.alg.actor
+    for scale in (1.0, 3.0):
+        shifted = obs.clone()
+        shifted["policy"] = scale * obs["policy"] + (1.0 + obs["task"])  # also where observations are padding
+        actor.update_normalization(shifted)
+    differences = export.export_policy(runner, tmp_path)
+    assert set(differences) == {f"{name}/policy.{kind}" for name in dims for kind in ("pt", "onnx")}
+    assert max(differences.values()) < 1e-5
+
+    expected = actor(obs).detach()
+    for task, (name, dim) in enumerate(dims.items()):
+        rows = env.task_ids == task
+        plain = obs["policy"][rows][:, : 2 * dim]
+        actions = torch.jit.load(tmp_path / name / "policy.pt")(plain)
+        torch.testing.assert_close(actions, expected[rows][:, :dim], atol=1e-6, rtol=1e-5)
+        session = onnxruntime.InferenceSession(tmp_path / name / "policy.onnx")
+        (first,) = session.run(None, {"obs": plain[:1].numpy()})
+        torch.testing.assert_close(torch.from_numpy(first), actions[:1], atol=1e-5, rtol=0.0)

@@ -128,7 +128,7 @@ def suite_runner_cfg(multi_task: bool, num_envs: int, device: str, mode: str, al
         algorithm.bonus.alpha = 0.0
     width = 256 if device.startswith("cpu") else 512
     network = {"class_name": "MLPModel", "hidden_dims": [width, width], "activation": "elu", "obs_normalization": True}
-    noise = {"class_name": "GaussianDistribution", "init_std": 0.5, "std_type": "log"}
+    noise = {"class_name": "GaussianDistribution", "init_std": 1.0, "std_type": "log"}
     return {
         "num_steps_per_env": 16,
         "max_iterations": 250,

@@ -49,9 +49,10 @@ class IsaacLabSuite:
 
     def info(self, task: str) -> TaskInfo:
         """Episode length of a task; its sizes are known to its simulation alone."""
+        from isaaclab_tasks.utils.hydra import resolve_presets
         from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
 
-        cfg = load_cfg_from_registry(task, "env_cfg_entry_point")
+        cfg = resolve_presets(load_cfg_from_registry(task, "env_cfg_entry_point"))  # some are a choice of several
         return TaskInfo(task, None, None, math.ceil(cfg.episode_length_s / (cfg.sim.dt * cfg.decimation)))
 
     @contextlib.contextmanager

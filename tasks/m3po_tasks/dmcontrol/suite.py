@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from typing import TYPE_CHECKING
 
 from rsl_rl.env import VecEnv
 
 from m3po.envs.suite import TaskInfo
 from m3po.errors import UserError
+
+if TYPE_CHECKING:
+    from m3po_tasks.dmcontrol.env import MjcfVecEnv
+    from m3po_tasks.dmcontrol.rendering import Camera
 
 _TASKS = {
     "acrobot-swingup": ("acrobot", 6, 1),
@@ -144,6 +149,12 @@ class DMControlSuite:
 
             physics = WarpBackend(built.model, num_envs, built.sub_steps, ACTION_REPEAT, device)
         return MjcfVecEnv(built, physics, num_envs, EPISODE_LENGTH, seed)
+
+    def camera(self, env: MjcfVecEnv) -> Camera:
+        """Film the first world of a batch."""
+        from m3po_tasks.dmcontrol.rendering import Camera
+
+        return Camera(env)
 
 
 SUITE = DMControlSuite()

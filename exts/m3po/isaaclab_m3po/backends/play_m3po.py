@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from m3po.cli import arguments
+from m3po.cli import arguments, playing
 from m3po.errors import UserError
 
 from .. import launch, video
 
 DEFAULT_NUM_ENVS = 32
 """Environments, unless the command line says otherwise."""
-
-
-class Outputs(NamedTuple):
-    """Where the results go; ``None`` for what was not asked for."""
-
-    result: Path
-    """JSON file of the evaluation."""
-
-    export: Path | None
-    """Folder of the exported policy."""
-
-    video: Path | None
-    """mp4 file."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -50,21 +34,13 @@ def _parser() -> argparse.ArgumentParser:
     """Options of playing; those shared with training come from :mod:`isaaclab_m3po.launch`."""
     parser = argparse.ArgumentParser(description="Evaluate, export, record or show a trained policy.")
     launch.add_common_arguments(parser)
-    parser.add_argument(
-        "--checkpoint",
-        metavar="latest|best|PATH",
-        help="Of the newest run of the task: its best checkpoint where it has one, else its latest (default).",
-    )
-    parser.add_argument("--policy", choices=("prior", "planner"), default="prior", help="Policy that acts.")
+    playing.add_arguments(parser)
     parser.add_argument(
         "--num_episodes",
         type=arguments.at_least(1),
         help="Episodes, spread evenly over the environments (default: one each; with --viz, until Ctrl-C).",
     )
     parser.add_argument("--train_env_cfg", action="store_true", help="Keep what the task switches off for playing.")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file of the result.")
-    parser.add_argument("--export", nargs="?", const="", metavar="DIR", help="Write the prior as TorchScript and ONNX.")
-    parser.add_argument("--video", nargs="?", const="", metavar="PATH", help="Record an mp4.")
     parser.add_argument("--video_length", type=arguments.at_least(1), default=300, help="Frames of the video.")
     return parser
 
@@ -83,11 +59,11 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"algorithm '{job.algo}' has no planner; use --policy prior.")
     checkpoint = (launch.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else _newest(job)).resolve()
     train_cfg = _train_cfg(job, checkpoint)
-    outputs = _outputs(args, checkpoint)
+    outputs = playing.choose_outputs(args, checkpoint)
     if args.export is not None:
-        _require("--export", "export", "onnx", "onnxruntime")
+        playing.require("--export", "export", "onnx", "onnxruntime")
     if args.video is not None:
-        _require("--video", "video", "imageio_ffmpeg")
+        playing.require("--video", "video", "imageio_ffmpeg")
         video.require_rendering()
         video.add_camera(job.env_cfg)
     print(f"[m3po] task: {job.task}, algorithm: {job.algo}, policy: {args.policy}, seed: {job.agent_cfg.seed}")
@@ -95,13 +71,6 @@ def _main(argv: list[str]) -> int:
     print(f"[m3po] assets: {job.assets}")
     print(f"[m3po] checkpoint: {checkpoint}")
     return _play(job, checkpoint, train_cfg, outputs)
-
-
-def _require(option: str, extra: str, *modules: str) -> None:
-    """Check that the packages of an optional dependency are installed, before the simulation starts."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(f"{option} needs {' and '.join(missing)}, which the extra m3po[{extra}] installs.")
 
 
 def _newest(job: launch.Job) -> Path:
@@ -112,48 +81,19 @@ def _newest(job: launch.Job) -> Path:
 
 
 def _train_cfg(job: launch.Job, checkpoint: Path) -> dict[str, Any]:
-    """Runner configuration whose networks are those of the checkpoint.
-
-    The run that wrote the checkpoint may have used other overrides, or another device's preset. A checkpoint of our
-    runner says so itself; the command line's own ``agent.`` overrides come on top.
-    """
-    from m3po.cli.overrides import assign, parse_value
+    """Runner configuration whose networks are those of the checkpoint; see :func:`.playing.trained_agent`."""
     from m3po.evaluation_process import acting_cfg
     from m3po.runners.checkpoint import read_checkpoint
 
-    text = read_checkpoint(checkpoint, "cpu").get("m3po", {}).get("agent")
-    if text is None:
+    agent = playing.trained_agent(read_checkpoint(checkpoint, "cpu"), job.overrides)
+    if agent is None:
         print(f"[m3po] the checkpoint does not carry its configuration: its agent is assumed to be {job.agent_entry}")
         return acting_cfg(job.train_cfg())
-    agent = json.loads(text)
-    for token in job.overrides:
-        key, text = token.split("=", 1)
-        if key.startswith("agent."):
-            assign(agent, key.removeprefix("agent."), parse_value(text), "agent")
     job.agent_cfg.clip_actions = agent["clip_actions"]
     return acting_cfg(agent | {"task": job.task, "device": job.device, "seed": job.agent_cfg.seed})
 
 
-def _outputs(args: argparse.Namespace, checkpoint: Path) -> Outputs:
-    """Choose where everything goes, beside the checkpoint by default, and check that it can be written."""
-    stem = f"play_{checkpoint.stem}_{args.policy}"
-    outputs = Outputs(
-        result=args.output or checkpoint.with_name(f"{stem}.json"),
-        export=None if args.export is None else Path(args.export or checkpoint.with_name("exported")),
-        video=None if args.video is None else Path(args.video or checkpoint.with_name(f"{stem}.mp4")),
-    )
-    folders = [outputs.result.parent, outputs.export, outputs.video and outputs.video.parent]
-    for folder in filter(None, folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create the folder '{folder}': {error.strerror}.") from error
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write to the folder '{folder}'.")
-    return outputs
-
-
-def _play(job: launch.Job, checkpoint: Path, train_cfg: dict[str, Any], outputs: Outputs) -> int:
+def _play(job: launch.Job, checkpoint: Path, train_cfg: dict[str, Any], outputs: playing.Outputs) -> int:
     """Simulate, and do what was asked for with the policy."""
     from m3po.runners import M3PORunner
 
@@ -191,7 +131,7 @@ def _evaluate(job: launch.Job, runner: Any, checkpoint: Path, recorder: video.Vi
 
 def _export(runner: Any, folder: Path) -> None:
     """Export the prior and say how well the files agree with torch."""
-    from ..export import export_policy
+    from m3po.export import export_policy
 
     for name, difference in export_policy(runner, folder).items():
         print(f"[m3po] exported {folder / name}: largest difference from torch {difference:.1e}")
