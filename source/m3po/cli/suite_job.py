@@ -22,7 +22,7 @@ from m3po.cli.overrides import assign, parse_value
 from m3po.config import AlgorithmCfg
 from m3po.envs.member_process import ProcessMember
 from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
-from m3po.envs.suite import TaskInfo, expand, find_task
+from m3po.envs.suite import TaskInfo, expand, find_task, named_sets
 from m3po.errors import UserError
 from m3po.presets import suite_runner_cfg
 from m3po.runners.checkpoint import check_compatible, read_checkpoint
@@ -174,11 +174,20 @@ def _train_cfg(
     cfg = suite_runner_cfg(multi_task, num_envs, device, AGENTS[args.agent], args.algo)
     if len(infos) == 1:
         cfg["algorithm"].gamma = task_discount(infos[0].episode_length)
-    name = args.experiment_name or (args.task if len(args.task) <= 60 else f"{len(infos)}-tasks").replace(",", "+")
-    cfg |= {"seed": seed, "experiment_name": name, "task": ",".join(info.name for info in infos)}
+    names = [info.name for info in infos]
+    cfg |= {"seed": seed, "experiment_name": args.experiment_name or _set_name(names), "task": ",".join(names)}
     if getattr(args, "max_iterations", None):
         cfg["max_iterations"] = args.max_iterations
     return cfg
+
+
+def _set_name(names: list[str]) -> str:
+    """Name of a task set, the same however it was typed: its own if it has one, else the names of the tasks."""
+    for name, tasks in named_sets().items():
+        if list(tasks) == names:
+            return name
+    joined = "+".join(names)
+    return joined if len(joined) <= 80 else f"{names[0]}+{len(names) - 1}-more"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from m3po.cli import suite_job
 from m3po.cli.arguments import Parser, at_least, guarded
 from m3po.envs.suite import suites
 from m3po.errors import UserError
-from m3po.evaluation_process import POLICIES, EvaluationProcess
+from m3po.evaluation_process import EvaluationProcess
 from m3po.manifest import git_revision, package_versions, write_json
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
@@ -97,8 +97,6 @@ def _main(argv: list[str]) -> int:
     """Check everything, then create the environments and train."""
     job = suite_job.prepare(_parser(), argv)
     args = job.args
-    if args.eval_interval and args.eval_envs < len(POLICIES[args.algo]):
-        raise UserError(f"--eval_envs must be at least {len(POLICIES[args.algo])}, one for each policy.")
     checkpoint = suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
     _check_start(job)
     run_dir = suite_job.create_run_dir(job, args.run_name)

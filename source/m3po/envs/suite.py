@@ -37,7 +37,7 @@ class TaskInfo:
     """Episode returns that mean a normalised score of 0 and of 1; ``None`` where nobody defined them."""
 
     reports_success: bool = False
-    """Whether ``extras["success"]``, (N,), holds the success of the episodes that end in a step; it is the score then."""
+    """Whether ``extras["success"]``, (N,), holds the success of episodes that end in a step; it is the score then."""
 
 
 class Suite(Protocol):
