@@ -131,6 +131,7 @@ def test_mistake_on_a_real_command_line(command):
 PREPARE = """
 import json, sys
 from isaaclab_m3po import launch
+from m3po.cli import arguments
 
 jobs = []
 for argv in json.loads(sys.argv[1]):

@@ -99,12 +99,11 @@ def paper_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
     )
 
 
-def suite_runner_cfg(multi_task: bool, num_envs: int, device: str, mode: str, algo: str) -> dict[str, Any]:
+def suite_runner_cfg(multi_task: bool, device: str, mode: str, algo: str) -> dict[str, Any]:
     """Runner configuration for tasks that bring none of their own.
 
     Args:
         multi_task: Whether policy and critic are conditioned on the task.
-        num_envs: Environments of all tasks together.
         device: Torch device name.
         mode: ``default`` or ``paper``.
         algo: ``m3po``, or ``ppo``: its PPO core alone, without model, planner and bonus.

@@ -157,7 +157,7 @@ def prepare(request: Request, play: bool = False) -> Job:
     from isaaclab.utils import validate
     from isaaclab_rl.entrypoints.common import apply_env_overrides, resolve_seed
 
-    from . import agents
+    from . import agents, heterogeneous
     from .overrides import resolve_configurations
     from .tasks import resolve_task
 
@@ -165,6 +165,7 @@ def prepare(request: Request, play: bool = False) -> Job:
     task = resolve_task(args.task)
     device = check_device(args.device)
     agents.set_device(device)
+    heterogeneous.attach(task)
     entry = choose_agent(task, args.algo, args.agent)
     env_cfg, agent_cfg = resolve_configurations(task, entry, request.overrides, play)
     agent_cfg = check_agent(agent_cfg, args.algo, entry)
@@ -242,10 +243,13 @@ def resolve_checkpoint(job: Job, wanted: str) -> Path:
     """
     from m3po.runners.checkpoint import check_compatible, read_checkpoint
 
+    from .heterogeneous import task_names
+
     path = Path(wanted)
     if wanted in SELECTORS:
         path = _select_checkpoint(job, wanted)
-    check_compatible(path, read_checkpoint(str(path), "cpu"), task=job.task, algorithm=job.algo)
+    content = read_checkpoint(str(path), "cpu")
+    check_compatible(path, content, task=job.task, tasks=task_names(job.task), algorithm=job.algo)
     return path
 
 
@@ -278,13 +282,15 @@ def environment(job: Job) -> Iterator[Any]:
     """Start the simulation and create the job's environment; both end with the context.
 
     Yields:
-        Isaac Lab's environment behind rsl_rl's ``VecEnv`` interface.
+        Isaac Lab's environment behind rsl_rl's ``VecEnv`` interface; of a scene of several tasks, as those tasks.
     """
     from isaaclab.app import launch_simulation
     from isaaclab.envs import DirectMARLEnvCfg
     from isaaclab.utils.seed import configure_seed
     from isaaclab_rl.entrypoints.common import close_env, create_isaaclab_env
     from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
+
+    from .heterogeneous import per_task
 
     failure = None
     with launch_simulation(job.env_cfg, job.args):
@@ -296,7 +302,7 @@ def environment(job: Job) -> Iterator[Any]:
             except FileNotFoundError as error:
                 raise M3POError(f"{error}. The assets in use are {job.assets}.") from error
             try:
-                yield RslRlVecEnvWrapper(env, clip_actions=job.agent_cfg.clip_actions)
+                yield per_task(RslRlVecEnvWrapper(env, clip_actions=job.agent_cfg.clip_actions), job.task)
             finally:
                 close_env(env)
         except M3POError as error:  # launch_simulation would print its traceback

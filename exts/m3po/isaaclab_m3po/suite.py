@@ -75,6 +75,8 @@ class IsaacLabSuite:
         job = launch.prepare(launch.parse(parser, [str(part) for choice in choices.items() for part in choice]))
         job.env_cfg.compute_final_obs = True
         with launch.environment(job) as env:
+            if getattr(env, "num_tasks", 1) > 1:
+                raise UserError(f"'{task}' is a scene of several tasks already; train it alone.")
             yield env
 
 

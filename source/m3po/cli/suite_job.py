@@ -146,7 +146,7 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
     sizes = _sizes(args, names, device)
     seed = random.randrange(2**31) if args.seed == -1 else args.seed
     multi_task = args.multi_task or len(infos) > 1 or getattr(args, "transfer", None) is not None
-    train_cfg = _train_cfg(args, infos, multi_task, sum(sizes), device, seed)
+    train_cfg = _train_cfg(args, infos, multi_task, device, seed)
     for token in rest:
         key, text = token.split("=", 1)
         assign(train_cfg, key.removeprefix("agent."), parse_value(text), "agent")
@@ -168,10 +168,10 @@ def _sizes(args: argparse.Namespace, names: list[str], device: str) -> list[int]
 
 
 def _train_cfg(
-    args: argparse.Namespace, infos: list[TaskInfo], multi_task: bool, num_envs: int, device: str, seed: int
+    args: argparse.Namespace, infos: list[TaskInfo], multi_task: bool, device: str, seed: int
 ) -> dict[str, Any]:
     """Runner configuration before overrides, which are checked by the fields of its algorithm, still a dataclass."""
-    cfg = suite_runner_cfg(multi_task, num_envs, device, AGENTS[args.agent], args.algo)
+    cfg = suite_runner_cfg(multi_task, device, AGENTS[args.agent], args.algo)
     if len(infos) == 1:
         cfg["algorithm"].gamma = task_discount(infos[0].episode_length)
     names = [info.name for info in infos]
