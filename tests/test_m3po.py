@@ -305,3 +305,13 @@ def test_extra_model_steps_fall_to_none():
     run.alg.ring.sample = lambda *args: counts.append(run.alg.iteration) or sample(*args)
     run.learn(3)
     assert [counts.count(i) for i in range(3)] == [2 + 4, 2 + 2, 2]
+
+
+def test_a_checkpoint_from_before_several_tasks_still_resumes():
+    run = train(runner_cfg(planner=OPEN), 2)
+    state = copy.deepcopy(run.alg.save())
+    expected = run.alg.behaviour.state()
+    state["m3po_state"] |= {name: values[0] for name, values in expected.items()}
+    _, again = build(planner=OPEN)
+    again.load(state, None, True)
+    assert again.behaviour.state() == expected

@@ -312,7 +312,9 @@ class M3PO:
             state = loaded_dict["m3po_state"]
             self.policy_learner.learning_rate, self.iteration = state["learning_rate"], state["iteration"]
             self.behaviour.step = state["planner_step"]
-            self.behaviour.restore(state["first_planned"], state["planner_on"])
+            # Before there were several tasks, these were single values.
+            gate = (x if isinstance(x, list) else [x] for x in (state["first_planned"], state["planner_on"]))
+            self.behaviour.restore(*gate)
             self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         return load_cfg.get("iteration", False)
 
