@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from m3po.cli import arguments
+from m3po.cli.arguments import Parser, at_least, guarded
 from m3po.errors import UserError
 from m3po.manifest import git_revision, package_versions, write_json
 from m3po_tasks.dmcontrol import SUITE
@@ -103,8 +103,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UserError: If a task is unknown or is none of dm_control's.
     """
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, at_least = parser.add_argument, arguments.at_least
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add("--tasks", nargs="+", default=["cheetah-run", "walker-walk"], help="Tasks of dm_control.")
     add("--num_envs", type=at_least(1), default=1024, help="Worlds of a batch.")
     add("--num_threads", type=at_least(1), default=len(os.sched_getaffinity(0)), help="Threads of the CPU backend.")
@@ -158,4 +158,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(arguments.guarded(main, sys.argv[1:]))
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import torch
 
-from m3po.cli import arguments
+from m3po.cli.arguments import Parser, at_least, guarded
 from m3po.errors import UserError
 from m3po.manifest import git_revision, package_versions, write_json
 from m3po_tasks.metaworld import SUITE
@@ -168,8 +168,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UserError: If a task is none of Meta-World's.
     """
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, at_least = parser.add_argument, arguments.at_least
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add("--tasks", nargs="+", default=["mw-reach", "mw-assembly", "mw-coffee-push"], help="Tasks of Meta-World.")
     add("--num_envs", type=at_least(1), default=32, help="Environments of a batch.")
     add("--num_workers", type=at_least(1), default=len(os.sched_getaffinity(0)), help="Processes of the pool.")
@@ -213,4 +213,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(arguments.guarded(main, sys.argv[1:]))
+    sys.exit(guarded(main, sys.argv[1:]))

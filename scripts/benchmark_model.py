@@ -20,7 +20,7 @@ from tensordict import TensorDict
 
 from isaaclab_m3po import launch
 from m3po.algorithms.model_learning import ModelLearner
-from m3po.cli import arguments
+from m3po.cli.arguments import Parser, guarded
 from m3po.config import WorldModelCfg
 from m3po.manifest import package_versions
 from m3po.models import WorldModel
@@ -43,7 +43,7 @@ def record(argv: list[str], rollouts: int) -> tuple[list[dict[str, torch.Tensor]
     from isaaclab_m3po import agents
     from m3po.runners import M3PORunner
 
-    parser = arguments.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     launch.add_common_arguments(parser)
     request = launch.parse(parser, [*argv, "agent.algorithm.planner.share=0.0"])
     job = launch.prepare(request)
@@ -124,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(arguments.guarded(lambda _: main(), []))
+    sys.exit(guarded(lambda _: main(), []))

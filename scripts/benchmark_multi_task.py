@@ -28,7 +28,7 @@ from benchmark_planner_report import machine
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
-from m3po.cli import arguments
+from m3po.cli.arguments import Parser, at_least, guarded
 from m3po.envs.member_process import ProcessMember
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.envs.suite import expand, find_task
@@ -219,8 +219,8 @@ def print_row(row: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> int:
     """Time, print and store."""
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, at_least = parser.add_argument, arguments.at_least
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add("--tasks", nargs="+", metavar="TASK", help="Tasks or sets of the installed suites, instead of synthetic ones.")
     add("--step_ms", type=float, default=5.0, help="Duration of a synthetic task's step, milliseconds.")
     add("--max_tasks", type=at_least(1), default=8, help="Largest number of synthetic tasks.")
@@ -258,4 +258,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(arguments.guarded(main, sys.argv[1:]))
+    sys.exit(guarded(main, sys.argv[1:]))

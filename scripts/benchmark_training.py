@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from benchmark_runs import ROOT, run_python
 
-from m3po.cli import arguments
+from m3po.cli.arguments import Parser, at_least, guarded
 from m3po.errors import UserError
 
 ALGORITHMS = ("m3po", "ppo")
@@ -257,15 +257,15 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count = arguments.at_least(1)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = at_least(1)
     parser.add_argument("--task", required=True, help="Isaac Lab task, for example Isaac-Ant-v0.")
     parser.add_argument("--num_envs", nargs="+", type=count, default=[64, 128, 256, 512, 1024], metavar="N")
     parser.add_argument("--num_steps", type=count, default=16, help="Steps per rollout of both algorithms.")
     parser.add_argument("--iterations", type=count, default=20, help="Iterations of a run.")
     parser.add_argument(
         "--warmup",
-        type=arguments.at_least(0),
+        type=at_least(0),
         default=5,
         help="First iterations that do not count: kernels compile, and the planner is still off.",
     )
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 for a user's mistake, 130 when interrupted.
     """
-    return arguments.guarded(_main, sys.argv[1:] if argv is None else argv)
+    return guarded(_main, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

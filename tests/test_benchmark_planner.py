@@ -29,7 +29,7 @@ from benchmark_planner_work import (
     total,
 )
 
-from m3po.cli import arguments
+from m3po.cli.arguments import guarded
 from m3po.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -231,7 +231,7 @@ def test_lock_of_the_peers_adds_to_the_main_lock_and_changes_nothing_of_it():
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys):
-    assert arguments.guarded(benchmark.main, arguments) == 2
+    assert guarded(benchmark.main, arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
@@ -240,7 +240,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda_is_an_error(capsys):
-    assert arguments.guarded(benchmark.main, ["--device", "cuda:0"]) == 2
+    assert guarded(benchmark.main, ["--device", "cuda:0"]) == 2
     assert "has no CUDA device" in capsys.readouterr().err
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3po.cli import arguments, playing
+from m3po.cli import playing
+from m3po.cli.arguments import at_least, guarded
 from m3po.errors import UserError
 
 from .. import launch, video
@@ -27,7 +28,7 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         Exit code: 0, 2 for a user's mistake, 130 when interrupted.
     """
-    return arguments.guarded(_main, argv)
+    return guarded(_main, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,11 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     playing.add_arguments(parser)
     parser.add_argument(
         "--num_episodes",
-        type=arguments.at_least(1),
+        type=at_least(1),
         help="Episodes, spread evenly over the environments (default: one each; with --viz, until Ctrl-C).",
     )
     parser.add_argument("--train_env_cfg", action="store_true", help="Keep what the task switches off for playing.")
-    parser.add_argument("--video_length", type=arguments.at_least(1), default=300, help="Frames of the video.")
+    parser.add_argument("--video_length", type=at_least(1), default=300, help="Frames of the video.")
     return parser
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3po.cli import arguments
+from m3po.cli.arguments import Parser, at_least, guarded
 from m3po.errors import UserError
 
 from .. import launch
@@ -26,24 +26,24 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         Exit code: 0, 2 for a user's mistake, 130 when interrupted.
     """
-    return arguments.guarded(_main, argv)
+    return guarded(_main, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     """Options of training; those shared with playing come from :mod:`isaaclab_m3po.launch`."""
-    parser = arguments.Parser(description="Train M3PO, or rsl_rl's PPO in the same harness, on an Isaac Lab task.")
+    parser = Parser(description="Train M3PO, or rsl_rl's PPO in the same harness, on an Isaac Lab task.")
     launch.add_common_arguments(parser)
-    parser.add_argument("--max_iterations", type=arguments.at_least(1), help="Training iterations.")
+    parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
     parser.add_argument("--checkpoint", metavar="latest|best|PATH", help="Continue from this checkpoint.")
     parser.add_argument(
         "--eval_interval",
-        type=arguments.at_least(0),
+        type=at_least(0),
         default=25,
         help="Evaluate every so many iterations, in a process of its own; 0 never does, and keeps no model_best.pt.",
     )
-    parser.add_argument("--eval_envs", type=arguments.at_least(2), default=32, help="Environments of an evaluation.")
+    parser.add_argument("--eval_envs", type=at_least(2), default=32, help="Environments of an evaluation.")
     return parser
 
 
