@@ -34,7 +34,7 @@ from benchmark_planner_work import (
     our_gemms,
 )
 
-from m3po.cli import arguments
+from m3po.cli.arguments import Parser, at_least, guarded
 from m3po.config import MODEL_SIZES, PlannerCfg, WorldModelCfg
 from m3po.errors import M3POError, UserError
 from m3po.manifest import git_revision, jsonable
@@ -111,7 +111,7 @@ class Ours(Contestant):
     @property
     def budget(self) -> Budget:
         """As the planner holds it."""
-        c, gamma = self.planner.cfg, self.imagination.gamma
+        c, gamma = self.planner.cfg, round(self.imagination.gamma.item(), 6)  # it is a tensor by task, in float32
         return Budget(c.num_samples, c.num_iterations, c.horizon, gamma, True, c.num_elites, c.num_prior_samples)
 
     def plan(self, x: Inputs) -> torch.Tensor:
@@ -245,8 +245,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UserError: Names the option and what is allowed.
     """
-    at_least, number = arguments.at_least, float
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", default="5M", choices=list(MODEL_SIZES), help="Size of the world model.")
     add("--dynamics", default="plain", choices=("plain", "residual"), help="Form of the dynamics; plain is TD-MPC2's.")
@@ -263,12 +262,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tdmpc2", type=Path, metavar="PATH", help="Checkout of github.com/nicklashansen/tdmpc2, timed as well.")
     add("--rounds", type=at_least(1), default=7, help="Rounds; each times every contestant once.")
     add(
-        "--min_seconds", type=number, default=0.2, help="A timing repeats the plan until it has lasted about this long."
+        "--min_seconds", type=float, default=0.2, help="A timing repeats the plan until it has lasted about this long."
     )
-    add("--time_limit", type=number, default=60.0, help="Leave out what is expected to take longer per plan, seconds.")
+    add("--time_limit", type=float, default=60.0, help="Leave out what is expected to take longer per plan, seconds.")
     add(
         "--memory_limit",
-        type=number,
+        type=float,
         help="Leave out what is expected to need more, GiB (default: half of what is free).",
     )
     add("--peak_sizes", type=at_least(1), nargs="+", help="Sides of the square products tried for the matmul peak.")
@@ -365,4 +364,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(arguments.guarded(main, sys.argv[1:]))
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -269,12 +269,13 @@ def measure(
             before, seconds, memory = costs.get(key, (n, 0.0, 0.0))
             try:
                 contestant = build(key, n)
-                forecast = contestant.memory(n) or memory * n / before
-                reason = fits(seconds * n / before, forecast, options)
+                seconds *= n / before
+                reason = fits(seconds, contestant.memory(n) or memory * n / before, options)
                 if reason is None:
                     call = _bind(contestant, x)
                     memory = peak_memory(call, device)
-                    seconds = clock(call, device)[1]
+                    if seconds <= options.min_seconds:  # else one call per timing is certain to do
+                        seconds = clock(call, device)[1]
             except torch.OutOfMemoryError:
                 reason = "out of memory"
             except Unavailable as error:
@@ -300,8 +301,9 @@ def measure(
             cpu, wall = ([pair[i] for pair in raw] for i in (0, 1))
             row = {"contestant": key, "num_envs": n, **facts[key], "repeats": calls[key][1]}
             rows.append(row | {"cpu_s": cpu, "wall_s": wall})
-        medians = {key: 1e3 * statistics.median(wall for _, wall in raw) for key, raw in times.items()}
-        print(f"{n:>5} environments, ms: " + ", ".join(f"{k} {v:.3g}" for k, v in medians.items()), flush=True)
+        medians = {key: statistics.median(wall for _, wall in raw) for key, raw in times.items()}
+        costs |= {key: (n, medians[key], costs[key][2]) for key in costs.keys() & medians.keys()}
+        print(f"{n:>5} environments, ms: " + ", ".join(f"{k} {1e3 * v:.3g}" for k, v in medians.items()), flush=True)
         del calls
         gc.collect()
     return rows

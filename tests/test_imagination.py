@@ -137,27 +137,62 @@ def test_bfloat16_ranks_candidates_as_float32_does(epilogues):
     assert kl.mean() < cfg.max_kl
 
 
-def memory(planner, start, step):
-    """Peak bytes of one plan above what was there before, and the bytes that it allocates in all."""
+def allocations(planner, start, step):
+    """Changes of the allocated bytes during a plan, in order, each with the operation that caused it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        planner.plan(start.z, start.mu, start.sigma, start.task, start.env_ids, step)
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    held = torch.tensor([0, *sizes]).cumsum(0)
-    return held.max().item(), sum(s for s in sizes if s > 0)
+        planner.plan(start.z, start.mu, start.sigma, start.task, start.env_ids, step, start.action_mask)
+    events = sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    found, running = [], []
+    for event in events:
+        running = [e for e in running if e.start_ns() + e.duration_ns() >= event.start_ns()]
+        if event.name() == "[memory]":
+            found.append((event.nbytes(), running[-1].name() if running else ""))
+        else:
+            running.append(event)
+    return found
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("epilogues", ["eager", "compiled"])
 @pytest.mark.parametrize(("n", "samples", "horizon", "size"), [(300, 16, 4, "tiny"), (40, 64, 3, "1M")])
-def test_peak_memory_of_a_plan_is_what_the_formula_says(n, samples, horizon, size, epilogues):
+def test_peak_memory_of_a_plan_is_what_the_formula_says(n, samples, horizon, size, epilogues, precision):
     model = make_model(size=size, obs_dim=60, action_dim=8)
     cfg = PlannerCfg(
-        horizon=horizon, num_samples=samples, num_iterations=2, num_elites=8, kernels="warp", epilogues=epilogues
+        horizon=horizon,
+        num_samples=samples,
+        num_iterations=2,
+        num_elites=8,
+        kernels="warp",
+        epilogues=epilogues,
+        precision=precision,
     )
     planner = fast_planner(model, cfg, 0.97, 0)
     planner.imagination.refresh()
-    peak, _ = memory(planner, make_start(model, n), 0)
+    changes = [change for change, _ in allocations(planner, make_start(model, n), 0)]
+    peak = torch.tensor([0, *changes]).cumsum(0).max().item()
     assert abs(peak / plan_bytes(n, 8, cfg, model.cfg, "cpu") - 1.0) < 0.1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("epilogues", ["eager", "compiled"])
+def test_a_plan_allocates_nothing_that_grows_with_its_size_after_the_first_call(epilogues, precision):
+    rows = 128
+    cfg = replace(CFG, num_elites=8, kernels="warp", epilogues=epilogues, precision=precision, chunk_rows=rows)
+    # Eager operations wrap their numbers in tensors; inductor allocates one number per row of a chunk.
+    allowed = 8 if epilogues == "eager" else 4 * rows
+    workspaces = []
+    for n, samples, num_tasks in ((20, 16, 1), (80, 16, 1), (20, 100, 1), (20, 16, 3)):
+        model = make_model(num_tasks, obs_dim=60, action_dim=8)
+        planner, start = fast_planner(model, replace(cfg, num_samples=samples), 0.97, 0), make_start(model, n)
+        planner.plan(start.z, start.mu, start.sigma, start.task, start.env_ids, 0)
+        for step in (1, 2):
+            made = [(size, name) for size, name in allocations(planner, start, step) if size > 0]
+            products = [size for size, name in made if name in ("aten::mm", "aten::addmm")]
+            others = [(size, name) for size, name in made if name not in ("aten::mm", "aten::addmm")]
+            assert [found for found in others if found[0] > allowed] == []
+            workspaces.append(max(products, default=0))
+    # oneDNN's blocks of a bfloat16 product do not grow with it.
+    assert max(workspaces) < (256 * 1024 if precision == "bfloat16" else 64)
 
 
 def test_a_budget_that_does_not_fit_is_refused_with_its_number():

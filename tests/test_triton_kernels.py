@@ -66,13 +66,19 @@ def assert_clean(found: dict[str, int], arch: int) -> None:
 
 
 def layers(size: str, dtype: torch.dtype) -> list[CompileSpec]:
-    """The layers of a rollout: the actions' share of the first one (latents in the bias), the whole, the second one."""
+    """The layers of a rollout.
+
+    The actions' share of the first one (latents in the bias), the whole, the second one; the first ones of the value,
+    which reads the latents among the transition's inputs, and of the prior, which has its own.
+    """
     latent, width, _ = MODEL_SIZES[size]
     own = latent + ACTIONS
     return [
         linear.compile_spec(dtype, ACTIONS, width, True, strides=(own, own, width)),
         linear.compile_spec(dtype, own, width, True),
         linear.compile_spec(dtype, width, width, False),
+        linear.compile_spec(dtype, latent, width, True, strides=(own, latent, width)),
+        linear.compile_spec(dtype, latent, width, True),
     ]
 
 
@@ -95,6 +101,19 @@ def test_linear_norm_mish_builds_in_float32(arch, tmp_path):
         found = resources(spec, arch, tmp_path)
         assert_clean(found, arch)
         assert found["HGMMA"] == found["HMMA"] == 0  # no TF32
+
+
+@pytest.mark.parametrize("arch", [90, 80])
+@pytest.mark.parametrize(("dtype", "out_dtype"), [(BF16, F32), (F32, BF16)])
+def test_linear_norm_mish_builds_for_mixed_types(dtype, out_dtype, arch, tmp_path):
+    latent, width, _ = MODEL_SIZES["1M"]
+    spec = linear.compile_spec(dtype, latent, width, True, out_dtype)
+    names = {BF16: "*bf16", F32: "*fp32"}
+    pointers = {name: kind for name, kind in spec.signature.items() if name.endswith("_ptr")}
+    parameters = dict.fromkeys(("bias_ptr", "norm_weight_ptr", "norm_bias_ptr"), "*fp32")
+    inputs = dict.fromkeys(("x_ptr", "weight_ptr"), names[dtype])
+    assert pointers == {**inputs, **parameters, "out_ptr": names[out_dtype]}
+    assert_clean(resources(spec, arch, tmp_path), arch)
 
 
 @pytest.mark.parametrize("arch", [90, 80])
@@ -146,16 +165,26 @@ def assert_result(buffer: torch.Tensor, out: torch.Tensor, expected: torch.Tenso
     assert buffer.isnan().sum() == buffer.numel() - out.numel()
 
 
-def check_linear(rows: int, in_dim: int, width: int, groups: int, dtype: torch.dtype, device: str) -> None:
+def check_linear(
+    rows: int,
+    in_dim: int,
+    width: int,
+    groups: int,
+    dtype: torch.dtype,
+    device: str,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    out_dtype = out_dtype or dtype
+
     def columns(n: int, k: int, scale: float) -> torch.Tensor:
         return (torch.randn(n, k + 24, device=device) * scale).to(dtype)[:, 16 : 16 + k]
 
     x, weight = columns(rows, in_dim, 1.0), columns(width, in_dim, in_dim**-0.5)
     bias = torch.randn(groups, width, device=device) + 1.0
     norm = torch.randn(2, width, device=device)
-    buffer, out = poisoned(rows, width, dtype, device)
+    buffer, out = poisoned(rows, width, out_dtype, device)
     linear.linear_norm_mish(x, weight, bias, norm[0], norm[1], 0.1, out)
-    assert_result(buffer, out, linear.linear_norm_mish_reference(x, weight, bias, norm[0], norm[1], 0.1), dtype)
+    assert_result(buffer, out, linear.linear_norm_mish_reference(x, weight, bias, norm[0], norm[1], 0.1), out_dtype)
 
 
 def check_simnorm(rows: int, latent: int, group: int, dtype: torch.dtype, device: str) -> None:
@@ -212,7 +241,8 @@ def check_numerics(device: str, dtype: torch.dtype) -> None:
     """Every kernel against its reference: rows beside a full block, one group of rows and groups of 8, odd sizes."""
     shapes = ((136, 24, 128, 1), (136, 24, 128, 17), (8, 136, 416, 1), (3, 5, 100, 3), (16, 520, 912, 2))
     for rows, in_dim, width, groups in shapes:
-        check_linear(rows, in_dim, width, groups, dtype, device)
+        for out_dtype in (F32, BF16):
+            check_linear(rows, in_dim, width, groups, dtype, device, out_dtype)
     for rows, latent, group in ((37, 64, 8), (1, 512, 8), (5, 24, 4)):
         check_simnorm(rows, latent, group, dtype, device)
     for rows, bins in ((37, BINS), (16, 7)):
@@ -295,7 +325,7 @@ def test_kernels_match_their_references_on_the_device(dtype):
     check_numerics("cuda", dtype)
     for size in ("tiny", "1M", "5M"):
         latent, width, _ = MODEL_SIZES[size]
-        for in_dim, groups in ((ACTIONS, 125), (latent + ACTIONS, 1), (width, 1)):
+        for in_dim, groups in ((ACTIONS, 125), (latent + ACTIONS, 1), (width, 1), (latent, 1), (latent, 125)):
             check_linear(1000, in_dim, width, groups, dtype, "cuda")
         check_simnorm(1000, latent, GROUP, dtype, "cuda")
     check_two_hot(1000, BINS, dtype, "cuda")

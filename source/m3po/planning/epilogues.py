@@ -7,7 +7,6 @@ grow with the rows; on a GPU the intermediate results of inductor, which a CUDA 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Protocol
@@ -39,16 +38,10 @@ class Epilogues(Protocol):
         """
 
     def simnorm(self, update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
-        """``z <- SimNorm(log(z + floor) + update)``, or ``SimNorm(update)`` without ``residual``; both (R, Z).
-
-        ``update`` may be overwritten.
-        """
+        """``z <- SimNorm(log(z + floor) + update)``, or ``SimNorm(update)`` without ``residual``; both (R, Z)."""
 
     def two_hot(self, logits: torch.Tensor, bins: torch.Tensor, out: torch.Tensor) -> None:
-        """``out <- symexp(softmax(logits) bins)``; logits (R, B), bins (B,), out (R,) float32.
-
-        ``logits`` may be overwritten.
-        """
+        """``out <- symexp(softmax(logits) bins)``; logits (R, B), bins (B,), out (R,) float32."""
 
 
 def make_epilogues(kind: str, rows: int, group: int, model: PackedModel) -> Epilogues:
@@ -62,34 +55,38 @@ def make_epilogues(kind: str, rows: int, group: int, model: PackedModel) -> Epil
     """
     if kind == "triton":
         return TritonEpilogues()
-    compiled = kind == "compiled"
-    columns = model.latent_dim if compiled else max(model.latent_dim, model.width, model.num_bins)
-    make = CompiledEpilogues if compiled else EagerEpilogues
-    return make(rows, 0 if model.dtype == torch.float32 else columns, model.latent_dim // group, model.bins.device)
+    make = EagerEpilogues if kind == "eager" else CompiledEpilogues
+    device = model.bins.device
+    columns = scratch_columns(kind, model.dtype, device.type, model.latent_dim, model.width, model.num_bins)
+    return make(rows, columns, model.latent_dim // group, device)
+
+
+def scratch_columns(kind: str, dtype: torch.dtype, device: str, latent: int, width: int, bins: int) -> int:
+    """Columns of each of the two scratch matrices: the widest that a form copies in float32."""
+    if kind == "compiled":
+        return 0 if device == "cuda" else latent
+    return max(latent, bins) if dtype == torch.float32 else max(latent, bins, width)
 
 
 class EagerEpilogues:
-    """One torch operation after the other: in the given tensors if they are float32, else in float32 scratch."""
+    """One torch operation after the other, in float32: in the given tensors where they are, else in scratch."""
 
     def __init__(self, rows: int, columns: int, groups: int, device: torch.device) -> None:
         """Allocate the scratch.
 
         Args:
             rows: Most rows.
-            columns: Most columns of tensors that are not float32; 0 if all are.
+            columns: See :func:`scratch_columns`.
             groups: Groups of a latent.
             device: Of all tensors.
         """
-        self._scratch = torch.empty(2, rows * columns, device=device)
+        self._scratch = [torch.empty(rows * columns, device=device) for _ in range(2)]
         self._sums = torch.empty(rows * groups, device=device)
 
-    def _float32(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """``x`` itself or, if it is of another type, a float32 tensor of its shape."""
-        return x if x.dtype == torch.float32 else self._scratch[index, : x.numel()].view(x.shape)
-
-    def _per_row(self, *shape: int) -> torch.Tensor:
-        """Room for sums over rows or their groups."""
-        return self._sums[: math.prod(shape)].view(shape)
+    def _matrix(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        """Scratch of a matrix's shape."""
+        rows, columns = like.shape
+        return self._scratch[index].as_strided((rows, columns), (columns, 1))
 
     def linear_norm_mish(
         self, x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
@@ -97,10 +94,11 @@ class EagerEpilogues:
         """See :class:`Epilogues`."""
         rows, width = a.shape
         torch.mm(x, layer.weight.T, out=b)
-        y, w, row = self._float32(0, b), self._float32(1, a), self._per_row(rows, 1)
+        y, w = (b, a) if b.dtype == torch.float32 else (self._matrix(0, b), self._matrix(1, b))
+        row = self._sums[:rows].unsqueeze(1)
         _grouped(y.copy_(b), bias).add_(bias.unsqueeze(1))
-        y.sub_(torch.mean(y, -1, keepdim=True, out=row))
-        # sqrt(width) / sqrt(|y|^2 + width eps) is one over the deviation.
+        y.sub_(torch.sum(y, -1, keepdim=True, out=row), alpha=1.0 / width)
+        # One over the deviation is sqrt(width) / sqrt(|y|^2 + width eps).
         torch.linalg.vector_norm(y, dim=-1, keepdim=True, out=row).square_().add_(width * layer.eps).rsqrt_()
         torch.addcmul(layer.norm_bias, y.mul_(row), layer.norm_weight, value=width**0.5, out=y)
         # Mish is y tanh(log(1 + w)) = y - y / (1 + w + w^2 / 2) with w = exp(y), which may overflow.
@@ -111,21 +109,20 @@ class EagerEpilogues:
     def simnorm(self, update: torch.Tensor, z: torch.Tensor, group: int, residual: bool) -> None:
         """See :class:`Epilogues`."""
         rows, latent = z.shape
-        weight, base = self._float32(0, update).copy_(update), self._float32(1, z)
+        weight, base = self._matrix(0, update).copy_(update), self._matrix(1, z)
         weight.clamp_(-LOGIT_BOUND, LOGIT_BOUND).exp_()
         if residual:
             weight.mul_(base.copy_(z).add_(LATENT_FLOOR))
-        grouped, sums = weight.unflatten(1, (-1, group)), self._per_row(rows, latent // group, 1)
-        torch.div(grouped, torch.sum(grouped, -1, keepdim=True, out=sums), out=base.unflatten(1, (-1, group)))
-        z.copy_(base)
+        grouped = weight.view(rows, -1, group)
+        sums = self._sums.as_strided((rows, latent // group, 1), (latent // group, 1, 1))
+        grouped.div_(torch.sum(grouped, -1, keepdim=True, out=sums))
+        z.copy_(weight)
 
     def two_hot(self, logits: torch.Tensor, bins: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`Epilogues`."""
-        p, row = self._float32(0, logits).copy_(logits), self._per_row(len(out), 1)
-        p.sub_(torch.amax(p, -1, keepdim=True, out=row)).exp_()
-        torch.mv(p, bins, out=out).div_(torch.sum(p, -1, keepdim=True, out=row).squeeze(1))
-        size = torch.abs(out, out=row.squeeze(1)).expm1_()
-        torch.copysign(size, out, out=out)
+        p = torch.softmax(self._matrix(0, logits).copy_(logits), -1, out=self._matrix(1, logits))
+        torch.mv(p, bins, out=out)
+        torch.copysign(torch.abs(out, out=self._sums[: len(out)]).expm1_(), out, out=out)
 
 
 def _grouped(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -134,8 +131,8 @@ def _grouped(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 
 def _stored(x: torch.Tensor) -> torch.Tensor:
-    # Inductor would work a statistic of a row out again for every number of the row. A stride makes it store it.
-    return torch.as_strided(x, x.shape, x.stride())
+    # A C++ loop would work a row's statistic out again for every number of the row; a stride makes inductor store it.
+    return x if x.is_cuda else torch.as_strided(x, x.shape, x.stride())
 
 
 def _norm_mish(
