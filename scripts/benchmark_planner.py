@@ -261,9 +261,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--chunk_rows", type=at_least(0), default=0, help="Rows per chunk of our planner; 0: its own choice.")
     add("--tdmpc2", type=Path, metavar="PATH", help="Checkout of github.com/nicklashansen/tdmpc2, timed as well.")
     add("--rounds", type=at_least(1), default=7, help="Rounds; each times every contestant once.")
-    add(
-        "--min_seconds", type=float, default=0.2, help="A timing repeats the plan until it has lasted about this long."
-    )
+    add("--min_seconds", type=float, default=0.2, help="A timing repeats the plan until it has lasted about this long.")
     add("--time_limit", type=float, default=60.0, help="Leave out what is expected to take longer per plan, seconds.")
     add(
         "--memory_limit",

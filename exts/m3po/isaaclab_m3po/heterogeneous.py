@@ -114,7 +114,7 @@ def _for_several_tasks(agent_cfg: Any) -> Any:
 
     The scene's own agent has a head for each task, which M3PO's policy has not: it is told the task instead.
     """
-    several = suite_runner_cfg(True, 1, agent_cfg.device, "default", "m3po")["algorithm"]
+    several = suite_runner_cfg(True, agent_cfg.device, "default", "m3po")["algorithm"]
     agent_cfg.actor, agent_cfg.critic = _shared(agent_cfg.actor), _shared(agent_cfg.critic)
     agent_cfg.algorithm.normalize_values = several.normalize_values
     agent_cfg.algorithm.world_model.task_embedding_dim = several.world_model.task_embedding_dim
