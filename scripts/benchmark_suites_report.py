@@ -148,5 +148,6 @@ def _plot(experiment: str, runs: list[dict[str, Any]], published: dict[tuple[str
                 axis.plot(curve["steps"][shown], curve["value"][shown], "o--", color=colour, ms=3, label=method)
         axis.set(title=task, xlabel="environment steps" if scale == 1 else "frames")
     axes[0].legend(fontsize=7)
-    figure.suptitle(experiment)
+    if len(tasks) > 1:
+        figure.suptitle(experiment)
     figure.savefig(path, dpi=90)
