@@ -228,7 +228,7 @@ def test_without_uv_a_python_kept_by_pyenv_and_pip_do(machine: Machine) -> None:
     assert result.rc == 0, result.stderr
     calls = machine.calls()
     assert calls[0] == f"python -m venv {machine.project}/.venv"
-    assert "install --no-input --require-hashes --requirement requirements.txt" in calls[1]
+    assert "install --no-input --no-deps --require-hashes --requirement requirements.txt" in calls[1]
     assert calls[2].endswith("--no-deps --no-build-isolation --editable .")
 
 
