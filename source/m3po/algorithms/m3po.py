@@ -318,6 +318,19 @@ class M3PO:
             self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         return load_cfg.get("iteration", False)
 
+    def resume_state(self) -> dict[str, Any]:
+        """What an exact continuation needs besides :meth:`save`: the ring and the streams of random numbers."""
+        return {"ring": self.ring.state_dict(), "behaviour_generator": self.behaviour.generator.get_state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`resume_state`, after :meth:`load`.
+
+        Raises:
+            CheckpointError: If the stored rollouts have other sizes.
+        """
+        self.ring.load_state_dict(state["ring"])
+        self.behaviour.generator.set_state(state["behaviour_generator"].cpu())
+
     def broadcast_parameters(self) -> None:
         """Send all parameters of rank 0 to the other ranks."""
         for network in (self.actor, self.critic, self.model):
