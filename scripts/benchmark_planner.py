@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._inductor.config
 from benchmark_planner_external import Official, PytorchMppi, TorchRL, find_checkout
 from benchmark_planner_peers import Contestant, Inputs, Native, Restated, Setup
 from benchmark_planner_report import figures, machine, targets, versions, write_picture, write_table
@@ -164,6 +165,8 @@ def build(key: str, setup: Setup, n: int, options: argparse.Namespace) -> Contes
 
 def make_setup(options: argparse.Namespace) -> Setup:
     """World model with weights that are not zero anywhere, so that candidates differ, and the common budget."""
+    # Part of the key of inductor's cache only if it is set; all compiled contestants run with the threads of now.
+    torch._inductor.config.cpp.threads = torch.get_num_threads()
     torch.manual_seed(options.seed)
     cfg = WorldModelCfg(size=options.size, dynamics=options.dynamics)
     model = WorldModel(options.obs_dim, options.action_dim, 1, cfg)

@@ -1,10 +1,13 @@
 """The fast planner against literal forms, in all its variants; its memory; its schedule."""
 
 import copy
+import os
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import run_process
 from literal import LiteralImagination, fast_planner, literal_plan
 from torch.profiler import ProfilerActivity, profile
 
@@ -235,3 +238,23 @@ def test_stages_change_the_budget_and_nothing_else():
 def test_a_wrong_budget_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         validate(AlgorithmCfg(planner=replace(PlannerCfg(), **changes)), 16, 8)
+
+
+COMPILE = """
+import torch
+from m3po.planning.epilogues import _compiled, _two_hot
+out = torch.empty(64)
+_compiled(_two_hot)(torch.randn(64, 101), torch.linspace(-10, 10, 101), out)
+print(torch.get_num_threads(), out.isfinite().all().item())
+"""
+
+
+def test_kernels_of_a_process_with_other_threads_are_not_reused(tmp_path):
+    """Inductor's cache on the disk would hand a kernel for two threads to a process with one, where it is slow."""
+    for threads, kernels in (("2", 1), ("1", 2)):
+        env = os.environ | {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        result = run_process([sys.executable, "-c", COMPILE], env=env)
+        assert result.stdout.split() == [threads, "True"], result.stderr
+        sources = [path.read_text() for path in tmp_path.rglob("*.py")]
+        assert sum('extern "C"' in source for source in sources) == kernels
+    assert sum("num_threads(2)" in source for source in sources) == 1

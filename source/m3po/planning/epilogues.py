@@ -172,8 +172,14 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Compile lazily: at the first call, and once more for all other numbers of rows."""
     # One process may plan in two precisions and for one and many environments: more than dynamo expects.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    # What is made of more tensors than that and used twice would be stored: a matrix of a chunk.
-    return torch.compile(function, fullgraph=True, options={"realize_reads_threshold": 8})
+    options = {
+        # What is made of more tensors than that and used twice would be stored: a matrix of a chunk.
+        "realize_reads_threshold": 8,
+        # Written into the kernels, but not into the key that inductor's cache on the disk finds them by, unless it is
+        # set: a process with one thread would run kernels of another with two, several times slower.
+        "cpp.threads": torch.get_num_threads(),
+    }
+    return torch.compile(function, fullgraph=True, options=options)
 
 
 class CompiledEpilogues(EagerEpilogues):
