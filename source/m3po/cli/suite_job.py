@@ -99,7 +99,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     count.add_argument("--num_envs_per_task", type=at_least(1), help="Environments of each task.")
     parser.add_argument("--seed", type=at_least(-1), default=0, help="Seed of everything random; -1 draws one.")
     parser.add_argument("--device", help="Torch device of agent and environments (default: CUDA where available).")
-    parser.add_argument("--assets", default="auto", help="Where the robots of Isaac Lab's tasks come from.")
+    parser.add_argument(
+        "--assets",
+        choices=("auto", "embedded", "remote"),
+        default="auto",
+        help="Where the robots of Isaac Lab's tasks come from.",
+    )
     parser.add_argument("--log_root", default="logs", help="Folder that receives the run folders.")
     parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
     parser.add_argument("--headless", action="store_true", help="Accepted and ignored: no window opens.")
