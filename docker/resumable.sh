@@ -15,7 +15,7 @@ fi
 arguments=("${@:2}" --log_root logs --run_name "$name")
 
 # Run folders are logs/<algorithm>/<experiment>/<time>_<name>. One without a checkpoint has nothing to go on with.
-if compgen -G "logs/*/*/*_$name/model_*.pt" >/dev/null; then
+if compgen -G "logs/*/*/????-??-??_??-??-??_$name/model_*.pt" >/dev/null; then
     arguments+=(--resume "$name")
 fi
 # an empty volume may have been mounted over it
