@@ -14,9 +14,12 @@ if [[ ! "$name" =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]]; then
 fi
 arguments=("${@:2}" --log_root logs --run_name "$name")
 
-# Run folders are logs/<algorithm>/<experiment>/<time>_<name>. One without a checkpoint has nothing to go on with.
-if compgen -G "logs/*/*/????-??-??_??-??-??_$name/model_*.pt" >/dev/null; then
-    arguments+=(--resume "$name")
+# Run folders are logs/<algorithm>/<experiment>/<time>_<name>. One without a checkpoint has nothing to go on with; of
+# several, the last one counts.
+shopt -s nullglob
+checkpoints=(logs/*/*/????-??-??_??-??-??_"$name"/model_*.pt)
+if ((${#checkpoints[@]})); then
+    arguments+=(--resume "$(dirname -- "${checkpoints[-1]}")")
 fi
 # an empty volume may have been mounted over it
 mkdir -p -- "${TMPDIR:-/tmp}"

@@ -88,9 +88,10 @@ def test_job_starts_anew_until_something_is_saved(checkout: Path) -> None:
     save(checkout, "2026-01-31_12-00-00_big_ant-1")
     save(checkout, "2026-01-31_12-00-00_ant-10")
     start(checkout, "ant-1", "--crash", "--task", "Isaac-Ant-v0")
+    save(checkout, "2026-01-31_11-00-00_ant-1")
     save(checkout, "2026-01-31_12-00-00_ant-1")
     start(checkout, "ant-1", "--crash", "--task", "Isaac-Ant-v0")
-    assert calls(checkout) == [asked, f"{asked} --resume ant-1"]
+    assert calls(checkout) == [asked, f"{asked} --resume logs/m3po/ant/2026-01-31_12-00-00_ant-1"]
     # an empty volume over the caches does not take away where Isaac Lab downloads to
     assert (checkout / "cache" / "tmp").is_dir()
 
@@ -150,7 +151,7 @@ def test_slurm_job_is_requeued_and_goes_on(checkout: Path, way: str) -> None:
     assert calls(checkout) == [asked, "scontrol requeue 30042"]
     assert submit(checkout).wait(30) == 0
     # it goes on, and is not requeued when it has finished
-    assert calls(checkout) == [f"{asked} --resume slurm-30042"]
+    assert calls(checkout) == [f"{asked} --resume logs/m3po/ant/2026-01-31_12-00-00_slurm-30042"]
     assert (checkout / "ranks").read_text().splitlines() == ["0 0 1 node-a 30042"] * 2
 
 

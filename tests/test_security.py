@@ -329,6 +329,7 @@ def test_run_folder_of_a_suite_holds_no_secrets(tmp_path: Path) -> None:
 
 
 @pytest.mark.sim
+@pytest.mark.slow
 def test_run_folder_of_isaac_lab_holds_no_secrets(tmp_path: Path) -> None:
     options = ["--num_envs", 8, "--max_iterations", 2, "--eval_interval", 1, "--eval_envs", 4]
     run = train_with_secrets(tmp_path, "--task", "Isaac-Cartpole-v0", *options)
