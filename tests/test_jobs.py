@@ -1,11 +1,15 @@
 """Jobs that are preempted: what a job calls each time it starts, and the Slurm script among stand-ins for Slurm."""
 
+import csv
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,17 +117,17 @@ def test_name_of_a_run_is_checked(checkout: Path, name: str) -> None:
 # -- Slurm ------------------------------------------------------------------------------------------------------------
 
 
-def submit(checkout: Path, *arguments: str) -> subprocess.Popen:
+def submit(checkout: Path, task: str, *arguments: str) -> subprocess.Popen:
     """Start the script as Slurm does: a copy of it, in the folder of the submission."""
     script = shutil.copy(checkout / "docker" / "slurm_job.sh", checkout / "spooled")
-    command = ["bash", script, "--task", "Isaac-Ant-v0", *arguments]
+    command = ["bash", script, "--task", task, *arguments]
     return subprocess.Popen(command, cwd=checkout, env=environment(checkout), start_new_session=True)
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} has not come"
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come"
         time.sleep(0.02)
 
 
@@ -135,9 +139,9 @@ def tasks_of(job: subprocess.Popen) -> list[int]:
 
 @pytest.mark.parametrize("way", ["time limit", "preemption"])
 def test_slurm_job_is_requeued_and_goes_on(checkout: Path, way: str) -> None:
-    job = submit(checkout)
+    job = submit(checkout, "Isaac-Ant-v0")
     try:
-        wait_for(checkout / "started")
+        wait_for((checkout / "started").exists)
         if way == "time limit":
             job.send_signal(signal.SIGUSR1)  # to the script alone
         else:
@@ -149,14 +153,14 @@ def test_slurm_job_is_requeued_and_goes_on(checkout: Path, way: str) -> None:
             os.killpg(job.pid, signal.SIGKILL)
     asked = "-p scripts/train.py --task Isaac-Ant-v0 --log_root logs --run_name slurm-30042"
     assert calls(checkout) == [asked, "scontrol requeue 30042"]
-    assert submit(checkout).wait(30) == 0
+    assert submit(checkout, "Isaac-Ant-v0").wait(30) == 0
     # it goes on, and is not requeued when it has finished
     assert calls(checkout) == [f"{asked} --resume logs/m3po/ant/2026-01-31_12-00-00_slurm-30042"]
     assert (checkout / "ranks").read_text().splitlines() == ["0 0 1 node-a 30042"] * 2
 
 
 def test_slurm_job_that_crashes_is_not_requeued(checkout: Path) -> None:
-    assert submit(checkout, "--crash").wait(30) == 3
+    assert submit(checkout, "Isaac-Ant-v0", "--crash").wait(30) == 3
     assert not any("requeue" in call for call in calls(checkout))
 
 
@@ -169,3 +173,29 @@ def test_slurm_reads_its_options() -> None:
     assert "--requeue" in options and "--open-mode=append" in options
     (signalled,) = (option for option in options if option.startswith("--signal"))
     assert int(re.fullmatch(r"--signal=B:USR1@(\d+)", signalled)[1]) >= 60
+
+
+# -- with a real training ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_slurm_job_trains_on_in_the_same_run(checkout: Path) -> None:
+    """The contract between the scripts and the training: the same options again, run folders, signals, exit codes."""
+    (checkout / "isaaclab.sh").write_text(
+        f'#!/usr/bin/env bash\nexport OMP_NUM_THREADS=1\nexec {sys.executable} "{REPOSITORY}/$2" "${{@:3}}"\n'
+    )
+    options = "--device", "cpu", "--num_envs", "4", "--max_iterations", "8", "--eval_interval", "0"
+    job = submit(checkout, "walker-walk", *options)
+    try:
+        wait_for(lambda: any(checkout.glob("logs/*/*/*/progress.csv")), 120)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == 75
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert calls(checkout) == ["scontrol requeue 30042"]
+    assert submit(checkout, "walker-walk", *options).wait(120) == 0
+    (table,) = checkout.glob("logs/*/*/*_slurm-30042/progress.csv")
+    iterations = [int(row["iteration"]) for row in csv.DictReader(table.open())]
+    assert len(iterations) == 8 and iterations == list(range(iterations[0], iterations[0] + 8))
+    assert len(json.loads((table.parent / "run.json").read_text())["resumed"]) == 1

@@ -120,6 +120,10 @@ WALKER = ("--task", "walker-walk", "--device", "cpu")
 COMMANDS = {
     "train --checkpoint PATH": (train.run, (*WALKER, "--checkpoint", "bad.pt")),
     "train --checkpoint latest": (train.run, (*WALKER, "--checkpoint", "latest")),
+    "train --resume PATH": (train.run, (*WALKER, "--resume", "bad.pt")),
+    "train --resume latest": (train.run, (*WALKER, "--resume", "latest")),
+    "train --resume best": (train.run, (*WALKER, "--resume", "best")),
+    "train --resume RUN": (train.run, (*WALKER, "--resume", "2026-01-31_12-00-00")),
     "train --transfer": (train.run, (*WALKER, "--transfer", "bad.pt")),
     "play --checkpoint PATH": (play.run, (*WALKER, "--checkpoint", "bad.pt")),
     "play --checkpoint best": (play.run, (*WALKER, "--checkpoint", "best")),
@@ -132,7 +136,7 @@ def plant(ran: Path, task: str, experiment: str) -> None:
     """Bombs as a file, and as the checkpoints of a run."""
     run = Path("logs") / "m3po" / experiment / "2026-01-31_12-00-00"
     run.mkdir(parents=True)
-    manifest = {"version": 1, "library": "m3po", "task": task, "tasks": [task], "metadata": {}}
+    manifest = {"task": task, "tasks": [task], "algorithm": "m3po", "agent": "m3po_cfg_entry_point"}
     (run / "run.json").write_text(json.dumps(manifest))
     for path in ("bad.pt", run / "model_last.pt", run / "model_best.pt"):
         write_bomb(path, ran)
