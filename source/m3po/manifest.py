@@ -14,6 +14,17 @@ from typing import Any
 PACKAGES = ("m3po", "isaaclab", "torch", "warp-lang", "newton", "mujoco", "rsl-rl-lib")
 """Distributions whose versions are recorded."""
 
+ENVIRONMENT = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+    "MUJOCO_GL",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "SLURM_JOB_ID",
+    "WORLD_SIZE",
+)
+"""Environment variables that are recorded. No others are: among them are secrets."""
+
 
 def write_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Write a file that a reader never sees half of. Returns what it holds, as :func:`jsonable` has reduced it."""
@@ -33,6 +44,11 @@ def package_versions(more: tuple[str, ...] = ()) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     return versions
+
+
+def environment_variables() -> dict[str, str]:
+    """Those of :data:`ENVIRONMENT` that are set."""
+    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
 def git_revision(file: Path) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """``run.json``: what a run was, written into its folder before it starts.
 
 The file extends Isaac Lab's own manifest of the same name (same keys, same version), so that Isaac Lab's checkpoint
-selectors understand the folder. It records no environment variables.
+selectors understand the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import m3po
-from m3po.manifest import git_revision, package_versions, write_json
+from m3po.manifest import environment_variables, git_revision, package_versions, write_json
 
 if TYPE_CHECKING:
     from .launch import Job
@@ -50,6 +50,7 @@ def write_manifest(job: Job, run_dir: Path) -> dict[str, Any]:
         "seed": job.agent_cfg.seed,
         "device": job.device,
         "torch_threads": torch.get_num_threads(),
+        "environment": environment_variables(),
         "num_envs": job.env_cfg.scene.num_envs,
         "overrides": job.overrides,
         "physics": {"config": type(physics).__name__, "solver": type(getattr(physics, "solver_cfg", None)).__name__},

@@ -78,7 +78,7 @@ def _main(argv: list[str]) -> int:
     checkpoint = (suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else _newest(job)).resolve()
     content = read_checkpoint(checkpoint, "cpu")
     check_compatible(checkpoint, content, algorithm=args.algo)
-    agent = playing.trained_agent(content, job.overrides)
+    agent = playing.trained_agent(content, job.train_cfg, job.overrides)
     if agent is None:
         raise CheckpointError(f"'{checkpoint}' does not carry the configuration of its networks.")
     outputs = playing.choose_outputs(args, checkpoint)

@@ -18,7 +18,7 @@ from m3po.cli.training import add_checkpoint_arguments, add_start_arguments, tra
 from m3po.envs.suite import suites
 from m3po.errors import UserError
 from m3po.evaluation_process import EvaluationProcess
-from m3po.manifest import git_revision, package_versions, write_json
+from m3po.manifest import environment_variables, git_revision, package_versions, write_json
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
 from m3po.runners.run_folder import record_resumption
@@ -165,7 +165,7 @@ def _report(job: suite_job.SuiteJob, run_dir: Path) -> None:
 
 
 def _write_manifest(job: suite_job.SuiteJob, run_dir: Path) -> None:
-    """Write ``run.json``: what the run was. It records no environment variables."""
+    """Write ``run.json``: what the run was."""
     manifest = {
         "tasks": job.names,
         "num_envs": job.sizes,
@@ -176,6 +176,7 @@ def _write_manifest(job: suite_job.SuiteJob, run_dir: Path) -> None:
         "seed": job.seed,
         "device": job.device,
         "torch_threads": torch.get_num_threads(),
+        "environment": environment_variables(),
         "overrides": job.overrides,
         "versions": package_versions(SUITE_PACKAGES),
         "git": git_revision(Path(m3po.__file__)),

@@ -88,7 +88,7 @@ def _train_cfg(job: launch.Job, checkpoint: Path) -> dict[str, Any]:
     from m3po.evaluation_process import acting_cfg
     from m3po.runners.checkpoint import read_checkpoint
 
-    agent = playing.trained_agent(read_checkpoint(checkpoint, "cpu"), job.overrides)
+    agent = playing.trained_agent(read_checkpoint(checkpoint, "cpu"), job.train_cfg(), job.overrides)
     if agent is None:
         print(f"[m3po] the checkpoint does not carry its configuration: its agent is assumed to be {job.agent_entry}")
         return acting_cfg(job.train_cfg())
