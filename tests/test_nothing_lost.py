@@ -120,6 +120,8 @@ def start_script(*arguments: object) -> subprocess.Popen:
 def test_signals_finish_the_iteration_save_and_exit_with_a_distinct_code(number, code, words, tmp_path):
     process = start_script(tmp_path)
     process.send_signal(number)
+    time.sleep(0.01)
+    process.send_signal(number)  # a cluster sends it to a job and to what has launched the job
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
     assert f"[m3po] {number.name}: finishing the iteration, then saving" in output

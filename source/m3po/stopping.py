@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -16,6 +17,10 @@ INTERRUPTED = 130
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C, the end of a container or a job, and a cluster's warning before it."""
+
+
+TWICE = 0.2
+"""Seconds within which a signal is not a second one: a cluster may send it to a job and to the job's launcher."""
 
 
 class Stop(BaseException):  # not an Exception: nobody on the way up may take it for a failure
@@ -38,6 +43,7 @@ class StopSignals:
         self._deferred = False
         self.received: signal.Signals | None = None
         """The first signal so far."""
+        self._at = 0.0
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
@@ -65,10 +71,12 @@ class StopSignals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         """Called between two instructions of the main thread."""
         if self.received is not None:
+            if number == self.received and time.monotonic() - self._at < TWICE:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.received = signal.Signals(number)
+        self.received, self._at = signal.Signals(number), time.monotonic()
         if not self._deferred:
             raise Stop(self.received)
         print(
