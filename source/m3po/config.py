@@ -237,6 +237,10 @@ class AlgorithmCfg:
     advantage: str = "gae"
     """``gae``, or ``vtrace`` for a planner without a trust region."""
 
+    restore_after: int = 5
+    """Gradient steps in a row that were skipped, because they were not finite, after which policy and critic, or the
+    world model, go back to their last good state."""
+
     distill_coef: float = 0.4
     """Weight of the regression of the prior's mean onto the planner's, where the plan is predicted to be better."""
 
@@ -331,6 +335,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("world_model.horizon", wm.horizon),
         ("world_model.batch_size", wm.batch_size),
         ("world_model.extra_iterations", wm.extra_iterations),
+        ("restore_after", cfg.restore_after),
     )
     for name, value in at_least_one:
         require(value >= 1, f"{name} must be at least 1, got {value}.")

@@ -77,7 +77,7 @@ class M3PO:
         self.ring = RolloutRing(storage, num_rollouts, seed)
         self.policy_learner = PolicyLearner(actor, critic, cfg, self.estimator.units)
         self.model_learner = ModelLearner(
-            model, self.model_obs, self._policy, self.estimator.values, self.tasks.action_mask
+            model, self.model_obs, self._policy, self.estimator.values, self.tasks.action_mask, cfg.restore_after
         )
         model_steps = cfg.world_model.steps_per_iteration + cfg.world_model.extra_steps
         self.learns_model = model_steps > 0
@@ -162,6 +162,9 @@ class M3PO:
         else:
             self._update_statistics()
         metrics["policy/clipped_share"] = losses.pop("clipped_share")
+        guards = (self.policy_learner.guard, self.model_learner.guard)
+        skipped, restored = zip(*(guard.read() for guard in guards), strict=True)
+        metrics["robust/skipped_steps"], metrics["robust/restored"] = float(sum(skipped)), float(sum(restored))
         self.metrics = metrics
         self.iteration += 1
         self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
@@ -302,6 +305,8 @@ class M3PO:
             self.actor.load_state_dict(loaded_dict["actor_state_dict"], strict=strict)
             self.model.load_state_dict(loaded_dict["world_model_state_dict"], strict=strict)
             self.behaviour.imagination.model_changed()
+        for guard in (self.policy_learner.guard, self.model_learner.guard):
+            guard.forget()
         if load_cfg.get("critic"):
             self.critic.load_state_dict(loaded_dict["critic_state_dict"], strict=strict)
             if self.cfg.normalize_values:
