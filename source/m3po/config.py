@@ -25,6 +25,17 @@ MODEL_SIZES: dict[str, tuple[int, int, int]] = {
 """World-model sizes: latent dimensions, hidden width of the heads, hidden width of the encoder."""
 
 
+QUARANTINE_SHARE = 0.5
+"""Default of ``agent.quarantine_share``: a run stops, with a checkpoint, when more than this share of its environments
+gave values that are not finite within one rollout. In [0, 1]; 1 never stops it."""
+
+
+def check_quarantine_share(share: float) -> None:
+    """Raise ``ValueError`` unless ``quarantine_share`` is a share."""
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"quarantine_share must lie in [0, 1], got {share}.")
+
+
 @dataclass
 class WorldModelCfg:
     """The implicit latent world model and its training."""

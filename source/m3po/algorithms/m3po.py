@@ -187,6 +187,7 @@ class M3PO:
             "planner/share": planned.float().mean().item(),
             "planner/kl": ((kl * planned).sum() / count).item(),
             "planner/gain": ((st.plan_gain * planned).sum() / count).item(),
+            "planner/fallback": self.behaviour.read_fallbacks(),
             "planner/accepted": (((st.plan_gain > 0) & planned).sum() / count).item(),
             "policy/effective_sample_size": (rho.sum().square() / rho.square().sum() / rho.numel()).item(),
             "policy/value_ev": value_ev.mean().item(),
@@ -222,12 +223,17 @@ class M3PO:
         """Normalisers, frozen until here, learn from the rollout; the model trains on the new statistics next."""
         st = self.storage
         flat, task = st.obs.flatten(0, 1), st.task.flatten()
+        rewards, terminated = st.rewards.flatten(), st.terminated.flatten()
+        if st.any_lost:  # an environment that cannot be reset shows zeros meanwhile
+            kept = ~st.lost.flatten()
+            if not kept.any():
+                return
+            flat, task, rewards, terminated = flat[kept], task[kept], rewards[kept], terminated[kept]
         self.actor.update_normalization(flat)
         self.critic.update_normalization(flat)
         if self.learns_model:
-            kept = ~st.lost.flatten()
             self.model.obs_normalizer.update(self.model_obs(flat), task)
-            self.model.rewards.update(st.rewards.flatten()[kept], st.terminated.flatten()[kept], task[kept])
+            self.model.rewards.update(rewards, terminated, task)
 
     def _policy(self, obs: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of the policy prior in observations with batch size (B,), (B, A) each. Draws nothing."""

@@ -19,8 +19,8 @@ class StepGuard:
     """Stands between a loss and its optimiser.
 
     A step is skipped on the device itself, so that the host need not look at the gradient before it goes on. The last
-    good state is that of networks and optimiser before the first good step of the last round that had one: good, because
-    a finite gradient was computed from it.
+    good state is that of networks and optimiser before the first good step of the last round that had one. It is known
+    to be good, because a finite gradient was computed from it.
     """
 
     def __init__(

@@ -12,14 +12,21 @@ from typing import Any, Protocol
 import torch
 from rsl_rl.env import VecEnv
 from rsl_rl.runners import OnPolicyRunner
-from rsl_rl.utils import check_nan
 from tensordict import TensorDict
 
 from m3po.algorithms import M3PO
-from m3po.errors import UserError
-from m3po.runners.checkpoint import FORMAT, check_compatible, check_shapes, read_checkpoint, write_checkpoint
+from m3po.errors import M3POError, UserError
+from m3po.runners.checkpoint import (
+    FORMAT,
+    check_compatible,
+    check_shapes,
+    network_states,
+    read_checkpoint,
+    write_checkpoint,
+)
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
+from m3po.runners.quarantine import Quarantine
 from m3po.runners.reporting import Reporter, console_block
 from m3po.runners.task_transfer import describe_tasks, described_tasks, transferred
 from m3po.stopwatch import Stopwatch
@@ -72,6 +79,7 @@ class M3PORunner(OnPolicyRunner):
         self.log_dir = log_dir
         self.evaluator = evaluator
         self.reporter = Reporter(log_dir)
+        self.quarantine = Quarantine(self.env, self.cfg, log_dir, self.device)
         self.best_return = float("-inf")
         self.env_steps, self.seconds = 0, 0.0
 
@@ -114,6 +122,9 @@ class M3PORunner(OnPolicyRunner):
                 for _ in range(self.cfg["num_steps_per_env"]):
                     obs = self._step(obs, statistics, watch)
                 collected = time.perf_counter()
+                counts, task_counts = self.quarantine.close_rollout()
+                if self.quarantine.exceeded:
+                    self._give_up()
                 self.alg.compute_returns(obs)
             losses = self.alg.update()
             end = time.perf_counter()
@@ -121,8 +132,8 @@ class M3PORunner(OnPolicyRunner):
             self.seconds += end - begin
             self.env_steps += self.env.num_envs * self.cfg["num_steps_per_env"]
             self.current_learning_iteration = it
-            row = self._row(it, statistics, watch, collected - begin, end - collected)
-            metrics = getattr(self.alg, "metrics", {})
+            row = self._row(it, statistics, watch, collected - begin, end - collected) | task_counts
+            metrics = getattr(self.alg, "metrics", {}) | counts
             self.reporter.report(row, losses, metrics)
             eta = (self.seconds - start_seconds) / (it + 1 - first) * (total - it - 1)
             print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
@@ -131,15 +142,29 @@ class M3PORunner(OnPolicyRunner):
     def _step(self, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch) -> TensorDict:
         """One step of all environments. Returns the next observations."""
         with watch.section("act"):
-            actions = self.alg.act(obs)
+            actions = self.quarantine.before(self.alg.act(obs))
         with watch.section("physics"):
-            obs, rewards, dones, extras = self.env.step(actions.to(self.env.device))
-        if self.cfg.get("check_for_nan", True):
-            check_nan(obs, rewards, dones)
-        obs, rewards, dones = obs.to(self.device), rewards.to(self.device), dones.to(self.device)
+            next_obs, rewards, dones, extras = self.env.step(actions.to(self.env.device))
+        answer = next_obs.to(self.device), rewards.to(self.device), dones.to(self.device), extras
+        obs, rewards, dones, extras = self.quarantine.after(obs, answer)
         self.alg.process_env_step(obs, rewards, dones, extras)
         statistics.add(rewards, dones, extras)
         return obs
+
+    def _give_up(self) -> None:
+        """Stop a run whose environments are mostly in quarantine, with a checkpoint if what is learnt is finite."""
+        quarantine, saved = self.quarantine, "nothing was saved"
+        tensors = [x for _, state in network_states(self.alg.save()) for x in state.values()]
+        if not all(x.isfinite().all() for x in tensors):
+            saved += ", because the networks are not finite either: continue from an earlier checkpoint"
+        elif self.log_dir is not None:
+            path = os.path.join(self.log_dir, "model_last.pt")
+            self.save(path)
+            saved = f"saved {path}"
+        raise M3POError(
+            f"{quarantine.affected:.1%} of the environments gave values that are not finite within one rollout, more "
+            f"than agent.quarantine_share={quarantine.share:g} allows; {saved}."
+        )
 
     def _row(
         self, it: int, statistics: EpisodeStatistics, watch: Stopwatch, collect: float, update: float
