@@ -288,9 +288,9 @@ def environment(job: Job) -> Iterator[Any]:
     from isaaclab.envs import DirectMARLEnvCfg
     from isaaclab.utils.seed import configure_seed
     from isaaclab_rl.entrypoints.common import close_env, create_isaaclab_env
-    from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
 
     from .heterogeneous import per_task
+    from .vec_env import IsaacLabVecEnv
 
     failure = None
     with launch_simulation(job.env_cfg, job.args):
@@ -302,7 +302,7 @@ def environment(job: Job) -> Iterator[Any]:
             except FileNotFoundError as error:
                 raise M3POError(f"{error}. The assets in use are {job.assets}.") from error
             try:
-                yield per_task(RslRlVecEnvWrapper(env, clip_actions=job.agent_cfg.clip_actions), job.task)
+                yield per_task(IsaacLabVecEnv(env, clip_actions=job.agent_cfg.clip_actions), job.task)
             finally:
                 close_env(env)
         except M3POError as error:  # launch_simulation would print its traceback

@@ -108,6 +108,12 @@ class _Worker:
         """Reset all environments."""
         self._write_obs(slot, self.env.reset()[0])
 
+    def reset_envs(self, slot_and_ids: tuple[int, list[int]]) -> None:
+        """Reset some environments, where these offer it."""
+        slot, ids = slot_and_ids
+        if hasattr(self.env, "reset_envs"):
+            self._write_obs(slot, self.env.reset_envs(torch.tensor(ids, device=self.env.device)))
+
     def set_episode_lengths(self, _: int) -> None:
         """Assign the environments' episode lengths."""
         self.env.episode_length_buf = self.shared["episode_length_buf"].clone()

@@ -18,14 +18,22 @@ STEPS = 32
 MAX_ENVS = 16
 """Environments in a file."""
 
+LIMIT = 1e15
+"""Larger numbers count as infinite: statistics and losses add up their squares, and these overflow soon after."""
+
 FORMAT = 1
 """Version of the file's layout."""
+
+
+def is_sound(x: torch.Tensor) -> torch.Tensor:
+    """Where numbers are finite, and not larger than :data:`LIMIT`; any shape."""
+    return x.abs() <= LIMIT  # false for NaN
 
 
 class FlightRecorder:
     """A ring of the last steps, on the device, as they were before anything was masked.
 
-    Only vectors are kept: images would be most of the memory. An environment with ``get_state() -> dict``, (N, ...)
+    Only vectors are kept: images would be most of the memory. "Finite" means :func:`is_sound` here. An environment with ``get_state() -> dict``, (N, ...)
     each, has the state before each step recorded too, from which :mod:`m3po.cli.replay_nonfinite` starts.
     """
 
@@ -104,7 +112,7 @@ class FlightRecorder:
             if source == "reward":
                 terms = self._reward_terms(rows)
             elif values is not None:
-                terms = self._terms_of(group, (~values[slot][rows].isfinite()).any(0).nonzero().squeeze(1).tolist())
+                terms = self._terms_of(group, (~is_sound(values[slot][rows])).any(0).nonzero().squeeze(1).tolist())
             else:
                 terms = ""
             result.append(f"{source}{terms}")
@@ -122,7 +130,7 @@ class FlightRecorder:
         if manager is None:
             return ""
         terms = manager.get_active_iterable_terms(int(rows.nonzero()[0]))
-        bad = [name for name, value in terms if not torch.tensor(value).isfinite().all()]
+        bad = [name for name, value in terms if not is_sound(torch.tensor(value)).all()]
         return f" ({_short(bad)})" if bad else ""
 
     def write(self, path: Path, environments: list[int], findings: list[str]) -> None:

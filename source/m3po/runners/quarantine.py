@@ -19,7 +19,7 @@ from tensordict import TensorDict
 
 from m3po.config import QUARANTINE_SHARE, check_quarantine_share
 from m3po.late_flag import LateFlag
-from m3po.runners.flight_recorder import FlightRecorder
+from m3po.runners.flight_recorder import FlightRecorder, is_sound
 from m3po.text import listed
 
 MAX_FILES, MAX_MESSAGES = 10, 3
@@ -194,7 +194,7 @@ def _floats(groups: Mapping[str, torch.Tensor] | TensorDict) -> list[tuple[str, 
 
 def _finite_rows(x: torch.Tensor) -> torch.Tensor:
     """Rows of (N, ...) that are finite in every element, (N,), boolean."""
-    return x.isfinite().view(len(x), -1).all(1)
+    return is_sound(x).view(len(x), -1).all(1)
 
 
 def _keep(rows: torch.Tensor, x: torch.Tensor, other: torch.Tensor | float) -> torch.Tensor:
