@@ -14,7 +14,7 @@ import torch
 from rsl_rl.env import VecEnv
 
 from m3po.cli.arguments import Parser, guarded
-from m3po.envs.suite import find_task
+from m3po.envs.suite import find_task, suites
 from m3po.errors import UserError
 from m3po.runners.flight_recorder import FORMAT, is_sound
 
@@ -54,7 +54,15 @@ def read_recording(path: Path) -> dict[str, Any]:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(f"there is no recording '{path}'.") from None
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(f"'{path}' is truncated or corrupted.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "findings" not in content:
         raise UserError(f"'{path}' is not a recording of this version.")
@@ -120,7 +128,7 @@ def _overrides(path: Path) -> list[str]:
 
 
 def _replay(recording: dict[str, Any], overrides: list[str]) -> None:
-    """Repeat the last episode's recorded actions of each environment, from its recorded state where there is one."""
+    """Repeat the recorded actions up to the finding, in the environments of the recording's first task."""
     tasks = recording["tasks"] or [recording["task"]] * len(recording["environments"])
     if None in tasks:
         raise UserError("the recording does not name its task; it cannot be replayed.")
@@ -128,7 +136,8 @@ def _replay(recording: dict[str, Any], overrides: list[str]) -> None:
     columns = [column for column, name in enumerate(tasks) if name == task]
     if len(columns) < len(tasks):
         print(f"replaying the environments of {task} only")
-    suite, name = find_task(task)
+    # Isaac Lab must not be imported, not even to look the task up, before make() has chosen its assets.
+    suite, name = (suites()["isaaclab"], task) if task.startswith("Isaac") else find_task(task)
     options = {"overrides": overrides} if suite.name == "isaaclab" else {}
     made = suite.make(name, len(columns), seed=recording["seed"] or 0, device="cpu", **options)
     with contextlib.closing(made) if isinstance(made, VecEnv) else made as env:
@@ -137,7 +146,9 @@ def _replay(recording: dict[str, Any], overrides: list[str]) -> None:
 
 
 def replay(env: VecEnv, steps: dict[str, torch.Tensor]) -> list[str]:
-    """Act out recorded steps in as many environments as were recorded, all from the first step on.
+    """Act out recorded steps in as many environments as were recorded, up to the last that had a finding.
+
+    They begin behind the last reset of any of them, because where that led is left to chance.
 
     Args:
         env: The environments, n of them; with ``set_state`` they start in the recorded state.
@@ -146,6 +157,10 @@ def replay(env: VecEnv, steps: dict[str, torch.Tensor]) -> list[str]:
     Returns:
         Lines that say what was not finite at which of the steps.
     """
+    last = int(steps["fresh"].any(1).nonzero().max())
+    resets = (steps["dones"] | steps["fresh"])[:last].any(1).nonzero()
+    first = int(resets.max()) + 1 if len(resets) else 0
+    steps = {name: value[first : last + 1] for name, value in steps.items()}
     with torch.inference_mode():
         env.reset()
         state = {name.removeprefix("state/"): value[0] for name, value in steps.items() if name.startswith("state/")}

@@ -33,8 +33,9 @@ def is_sound(x: torch.Tensor) -> torch.Tensor:
 class FlightRecorder:
     """A ring of the last steps, on the device, as they were before anything was masked.
 
-    Only vectors are kept: images would be most of the memory. "Finite" means :func:`is_sound` here. An environment with ``get_state() -> dict``, (N, ...)
-    each, has the state before each step recorded too, from which :mod:`m3po.cli.replay_nonfinite` starts.
+    Only vectors are kept: images would be most of the memory. "Finite" means :func:`is_sound` here. An environment with
+    ``get_state() -> dict``, (N, ...) each, has the state before each step recorded too, from which
+    :mod:`m3po.cli.replay_nonfinite` starts.
     """
 
     def __init__(self, env: VecEnv, about: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ class M3PORunner(OnPolicyRunner):
                 ).long()
             else:
                 self.env.episode_length_buf = torch.randint_like(steps, high=int(self.env.max_episode_length))
-        obs = self.env.get_observations().to(self.device)
+        obs = self.quarantine.first(self.env.get_observations().to(self.device))
         self.alg.train_mode()
         statistics = EpisodeStatistics.of(self.env, self.device)
         watch = getattr(self.alg, "stopwatch", Stopwatch(self.device))

@@ -2,9 +2,9 @@
 
 A step whose action, observation, reward or final observation is not finite is marked as ``lost``: nothing is learnt
 from it, and its episode ends as a time-out with reward 0. The environment is reset where it can be, that is where it
-has ``reset_envs(ids) -> observations``, which resets the environments ``ids``, (n,), int64, and returns the
-observations of all N. Otherwise it is stepped on, showing zeros, and all its steps are lost until it ends an episode by
-itself.
+has ``reset_envs(ids) -> observations``, which resets the environments ``ids``, (n,), int64, sets their
+``episode_length_buf`` to 0, and returns the observations of all N. Otherwise it is stepped on, showing zeros for what
+is not finite, and all its steps are lost until it ends an episode by itself.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ class Quarantine:
         """Quarantines and lost steps of the rollout, (2, N)."""
         self._num_files = self._num_messages = 0
         self._open_action: torch.Tensor | None = None
+
+    def first(self, obs: TensorDict) -> TensorDict:
+        """The observations that a training begins with, with zeros in rows that are not finite."""
+        return obs.clone(recurse=False).update(_zeroed(obs)) if self.active else obs
 
     def before(self, actions: torch.Tensor) -> torch.Tensor:
         """Note the actions, (N, A), and return them with zeros in rows that are not finite."""
@@ -137,8 +141,7 @@ class Quarantine:
     def _masked(self, previous: TensorDict, answer: Answer, lost: torch.Tensor) -> Answer:
         """The answer with everything finite that somebody may read."""
         obs, rewards, dones, extras = answer
-        groups = {group: _keep(_finite_rows(x), x, 0.0) for group, x in _floats(obs)}
-        obs = obs.clone(recurse=False).update(groups)
+        obs = obs.clone(recurse=False).update(_zeroed(obs))
         extras = dict(extras)  # the environment keeps its own
         extras["time_outs"] = lost | extras.get("time_outs", torch.zeros_like(lost)).to(self.device).bool()
         extras["lost"] = lost | extras.get("lost", torch.zeros_like(lost)).to(self.device)
@@ -154,7 +157,8 @@ class Quarantine:
             after = self.env.reset_envs(rows.to(self.env.device)).to(self.device)
             obs = obs.clone(recurse=False).update({g: _keep(~self._stuck, x, after[g]) for g, x in obs.items()})
             healthy = torch.stack([_finite_rows(x) for _, x in _floats(obs)]).all(0)
-            self._stuck = self._stuck & ~healthy
+            # Of several tasks, some may not be able to: where an episode has not begun, nothing was reset.
+            self._stuck = self._stuck & ~(healthy & (self.env.episode_length_buf.to(self.device) == 0))
         affected = self._recorder.fresh(late=self._flag.late)
         if affected:
             self._report(affected)
@@ -190,6 +194,11 @@ class Quarantine:
 def _floats(groups: Mapping[str, torch.Tensor] | TensorDict) -> list[tuple[str, torch.Tensor]]:
     """The groups that can be anything but finite."""
     return [(group, x) for group, x in groups.items() if x.is_floating_point()]
+
+
+def _zeroed(obs: TensorDict) -> dict[str, torch.Tensor]:
+    """The groups of :func:`_floats` with zeros in rows that are not finite."""
+    return {group: _keep(_finite_rows(x), x, 0.0) for group, x in _floats(obs)}
 
 
 def _finite_rows(x: torch.Tensor) -> torch.Tensor:
