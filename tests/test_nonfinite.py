@@ -22,6 +22,7 @@ from m3po.cli.replay_nonfinite import run as run_replay
 from m3po.envs.member_process import ProcessMember
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.errors import M3POError, UserError
+from m3po.late_flag import LateFlag
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
 from m3po.runners.quarantine import Quarantine
@@ -406,6 +407,32 @@ def test_several_in_a_row_restore_the_last_good_state(capsys):
     guarded_step(network, guard)
     assert network.weight.isfinite().all()
     assert guard.read() == (6, 1)
+
+
+def test_a_device_that_does_not_wait_skips_at_once_and_counts_one_step_later():
+    network, guard = guarded()
+    guard._flag = LateFlag("cpu", late=True)
+    guarded_step(network, guard)
+    before = network.weight.detach().clone()
+    guarded_step(network, guard, math.nan)
+    assert torch.equal(network.weight, before)
+    assert guard.read() == (0, 0)
+    guarded_step(network, guard)
+    assert not torch.equal(network.weight, before)
+    assert guard.read() == (1, 0)
+
+
+def test_what_an_environment_shows_that_cannot_be_reset_stays_out_of_the_normalisers():
+    env = Faulty("state", at=1)
+    env.state += 10.0
+    torch.manual_seed(0)
+    normalised = cfg()
+    normalised["actor"]["obs_normalization"] = True
+    run = M3PORunner(env, normalised, None, "cpu")
+    run.learn(1)
+    assert run.alg.storage.any_lost is False  # cleared
+    lowest = run.alg.actor.obs_normalizer._mean - 3 * run.alg.actor.obs_normalizer._std
+    assert lowest[0, 0] > 2.0  # zeros would have pulled it down
 
 
 @pytest.mark.parametrize("learner", ["policy", "model"])
