@@ -111,10 +111,21 @@ def test_a_killed_process_is_named_with_the_end_of_its_log(start):
     assert str(caught.value).endswith("toy.log:\nabout to kill")
 
     idle = start("idle").connect()
-    os.kill(idle._process.pid, signal.SIGTERM)
+    os.kill(idle._process.pid, signal.SIGHUP)
     idle._process.wait()
-    with pytest.raises(MemberError, match=r"^task 'idle': its process was killed by SIGTERM"):
+    with pytest.raises(MemberError, match=r"^task 'idle': its process was killed by SIGHUP"):
         idle.step(torch.zeros(6, 2))
+
+
+def test_what_a_cluster_sends_to_a_whole_job_is_left_to_the_parent(start):
+    """It still needs the environments, to finish the iteration and save."""
+    env = start().connect()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(env._process.pid, number)
+    env.step(torch.zeros(env.num_envs, env.num_actions))
+    assert env._process.poll() is None
+    env.close()
+    assert env._process.returncode == 0
 
 
 @pytest.mark.parametrize("failure", ["raise", "kill"])

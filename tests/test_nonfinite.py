@@ -184,7 +184,8 @@ def test_a_device_that_does_not_wait_costs_one_more_step(capsys):
     assert (answers[4][0]["policy"][3] == 0.0).all()  # nothing known yet
     assert env.resets == [[3]]
     assert (answers[5][0]["policy"][3, :2] != 0.0).all()  # reset
-    assert quarantine.close_rollout()[0] == {"robust/quarantined": 1.0, "robust/lost_steps": 2.0}
+    quarantine.close_rollout()
+    assert quarantine.metrics == {"robust/quarantined": 1.0, "robust/lost_steps": 2.0}
     assert "observation policy (columns 0)" in capsys.readouterr().out
 
 
@@ -194,7 +195,8 @@ def test_an_environment_that_cannot_be_reset_is_stepped_on_until_it_resets_itsel
     lost = [bool(extras.get("lost", torch.zeros(16))[3]) for *_, extras in answers]
     assert lost == [False] * 4 + [True] * 16 + [False] * 2  # the 20th step ends the episode
     assert all((obs["policy"][3] == 0.0).all() for obs, *_ in answers[4:19])
-    assert quarantine.close_rollout()[0] == {"robust/quarantined": 1.0, "robust/lost_steps": 16.0}
+    quarantine.close_rollout()
+    assert quarantine.metrics == {"robust/quarantined": 1.0, "robust/lost_steps": 16.0}
     assert "environment 3 cannot be reset and will be stepped on" in capsys.readouterr().out
 
 

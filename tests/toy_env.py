@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from rsl_rl.env import VecEnv
@@ -23,6 +24,18 @@ class PointEnv(VecEnv):
         # Stale on purpose outside of resets, as in Isaac Lab.
         self.final_obs = {"policy": torch.full((num_envs, 2 * dim), 1e3)}
         self._reset(torch.ones(num_envs, dtype=torch.bool))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the future depends on."""
+        own = {"state": self.state, "length": self.episode_length_buf, "final": self.final_obs["policy"]}
+        return {**own, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on exactly."""
+        self.state, self.episode_length_buf = state["state"], state["length"]
+        self.final_obs = {"policy": state["final"]}
+        self.generator.set_state(state["generator"])
+        return True
 
     def _reset(self, rows: torch.Tensor) -> None:
         fresh = torch.cat(

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from m3po.cli.arguments import guarded
 from m3po.errors import M3POError
+from m3po.stopping import leave_signals_to_the_parent
 
 _LOG_LINES = 20
 """Last lines of the log that the report of a failure quotes."""
@@ -165,6 +166,7 @@ def answer(build: Callable[[dict[str, Any]], contextlib.AbstractContextManager[E
     Returns:
         Exit code.
     """
+    leave_signals_to_the_parent()
     # Simulators print to stdout; from here on that is the log.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -26,9 +26,6 @@ from m3po.errors import M3POError, UserError
 from . import assets
 from .checks import ALGORITHMS, check_agent, check_sizes, choose_agent
 
-SELECTORS = {"latest": "model_last.pt", "best": "model_best.pt"}
-"""Checkpoint selector -> file that it means in the newest run that has one."""
-
 
 @dataclass
 class Request:
@@ -241,7 +238,7 @@ def resolve_checkpoint(job: Job, wanted: str) -> Path:
         job: The checked request.
         wanted: ``latest``, ``best``, or the path of a file.
     """
-    from m3po.runners.checkpoint import check_compatible, read_checkpoint
+    from m3po.runners.checkpoint import SELECTORS, check_compatible, read_checkpoint
 
     from .heterogeneous import task_names
 
@@ -253,9 +250,32 @@ def resolve_checkpoint(job: Job, wanted: str) -> Path:
     return path
 
 
+def find_run(job: Job, wanted: str) -> tuple[Path, Path]:
+    """Find the run of the job's task that ``--resume`` means, and its checkpoint, and check that this fits.
+
+    Args:
+        job: The checked request.
+        wanted: As in :func:`m3po.runners.run_folder.find_run`.
+    """
+    from m3po.runners import run_folder
+    from m3po.runners.checkpoint import check_compatible, read_checkpoint
+
+    from .heterogeneous import task_names
+
+    here = {"task": job.task, "algorithm": job.algo, "agent": job.agent_entry}
+    run, path = run_folder.find_run(
+        experiment_dir(job), wanted, lambda manifest: all(manifest.get(key) == value for key, value in here.items())
+    )
+    content = read_checkpoint(path, "cpu")
+    check_compatible(path, content, task=job.task, tasks=task_names(job.task), algorithm=job.algo)
+    return run, path
+
+
 def _select_checkpoint(job: Job, selector: str) -> Path:
     """Checkpoint of the newest run of the job's task and agent that has the selector's file."""
     from isaaclab_rl.entrypoints.common import resolve_checkpoint_selector
+
+    from m3po.runners.checkpoint import SELECTORS
 
     from .manifest import LIBRARY
 
@@ -290,7 +310,7 @@ def environment(job: Job) -> Iterator[Any]:
     from isaaclab_rl.entrypoints.common import close_env, create_isaaclab_env
 
     from .heterogeneous import per_task
-    from .vec_env import IsaacLabVecEnv
+    from .vec_env import IsaacVecEnv
 
     failure = None
     with launch_simulation(job.env_cfg, job.args):
@@ -302,7 +322,7 @@ def environment(job: Job) -> Iterator[Any]:
             except FileNotFoundError as error:
                 raise M3POError(f"{error}. The assets in use are {job.assets}.") from error
             try:
-                yield per_task(IsaacLabVecEnv(env, clip_actions=job.agent_cfg.clip_actions), job.task)
+                yield per_task(IsaacVecEnv(env, clip_actions=job.agent_cfg.clip_actions), job.task)
             finally:
                 close_env(env)
         except M3POError as error:  # launch_simulation would print its traceback

@@ -1,16 +1,40 @@
-"""Isaac Lab's environment behind rsl_rl's interface, with what the quarantine asks for besides."""
+"""Isaac Lab's environments behind rsl_rl's interface, with what resuming and the quarantine ask for besides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
 from tensordict import TensorDict
 
 
-class IsaacLabVecEnv(RslRlVecEnvWrapper):
-    """Also resets single environments, and reads and sets the state of the simulation."""
+class IsaacVecEnv(RslRlVecEnvWrapper):
+    """A wrapper whose curricula go on when a run is resumed, and whose environments can be reset one by one.
+
+    The episodes themselves do not: Isaac Lab tells poses and velocities, but not what solvers, managers and commands
+    remember, and an episode restored by half would hand out wrong rewards.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and levels that curricula depend on."""
+        terrain = self._terrain()
+        state: dict[str, Any] = {"common_step_counter": int(self.unwrapped.common_step_counter)}
+        if terrain is not None:
+            state["terrain_levels"] = terrain.terrain_levels.clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from :meth:`state_dict` with new episodes. Returns False: they do not go on exactly."""
+        self.unwrapped.common_step_counter = state["common_step_counter"]
+        terrain, levels = self._terrain(), state.get("terrain_levels")
+        if terrain is not None and levels is not None and levels.shape == terrain.terrain_levels.shape:
+            terrain.terrain_levels[:] = levels.to(terrain.terrain_levels.device)
+            terrain.env_origins[:] = terrain.terrain_origins[terrain.terrain_levels, terrain.terrain_types]
+        with torch.inference_mode():
+            self.reset()
+        return False
 
     def reset_envs(self, ids: torch.Tensor) -> TensorDict:
         """Start new episodes in some environments, (n,), int64; returns the observations of all.
@@ -36,7 +60,7 @@ class IsaacLabVecEnv(RslRlVecEnvWrapper):
         }
 
     def set_state(self, state: Mapping[str, torch.Tensor]) -> TensorDict:
-        """Put all environments into the states of :meth:`get_state`; returns the observations."""
+        """Put all environments into the states of :meth:`get_state`, for a replay; returns the observations."""
         env = self.unwrapped
         ids = torch.arange(self.num_envs, device=env.device)
         nested = env.scene.get_state(is_relative=True)
@@ -59,3 +83,8 @@ class IsaacLabVecEnv(RslRlVecEnvWrapper):
             for group, value in fresh.items()
         }
         return self.get_observations()
+
+    def _terrain(self) -> Any:
+        """The terrain importer of a terrain with levels, if there is one."""
+        terrain = getattr(getattr(self.unwrapped, "scene", None), "terrain", None)
+        return terrain if getattr(terrain, "terrain_origins", None) is not None else None

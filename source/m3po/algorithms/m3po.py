@@ -79,6 +79,7 @@ class M3PO:
         self.model_learner = ModelLearner(
             model, self.model_obs, self._policy, self.estimator.values, self.tasks.action_mask, cfg.restore_after
         )
+        self._guards = (self.policy_learner.guard, self.model_learner.guard)
         model_steps = cfg.world_model.steps_per_iteration + cfg.world_model.extra_steps
         self.learns_model = model_steps > 0
         self.stopwatch = Stopwatch(device)
@@ -162,8 +163,7 @@ class M3PO:
         else:
             self._update_statistics()
         metrics["policy/clipped_share"] = losses.pop("clipped_share")
-        guards = (self.policy_learner.guard, self.model_learner.guard)
-        skipped, restored = zip(*(guard.read() for guard in guards), strict=True)
+        skipped, restored = zip(*(guard.read() for guard in self._guards), strict=True)
         metrics["robust/skipped_steps"], metrics["robust/restored"] = float(sum(skipped)), float(sum(restored))
         self.metrics = metrics
         self.iteration += 1
@@ -311,7 +311,7 @@ class M3PO:
             self.actor.load_state_dict(loaded_dict["actor_state_dict"], strict=strict)
             self.model.load_state_dict(loaded_dict["world_model_state_dict"], strict=strict)
             self.behaviour.imagination.model_changed()
-        for guard in (self.policy_learner.guard, self.model_learner.guard):
+        for guard in self._guards:
             guard.forget()
         if load_cfg.get("critic"):
             self.critic.load_state_dict(loaded_dict["critic_state_dict"], strict=strict)
@@ -328,6 +328,25 @@ class M3PO:
             self.behaviour.restore(*gate)
             self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         return load_cfg.get("iteration", False)
+
+    def resume_state(self) -> dict[str, Any]:
+        """What an exact continuation needs besides :meth:`save`: ring, random numbers, scales of the learning rates."""
+        return {
+            "ring": self.ring.state_dict(),
+            "behaviour_generator": self.behaviour.generator.get_state(),
+            "guards": [guard.state() for guard in self._guards],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`resume_state`, after :meth:`load`.
+
+        Raises:
+            CheckpointError: If the stored rollouts have other sizes.
+        """
+        self.ring.load_state_dict(state["ring"])
+        self.behaviour.generator.set_state(state["behaviour_generator"].cpu())
+        for guard, part in zip(self._guards, state["guards"], strict=True):
+            guard.load_state(part)
 
     def broadcast_parameters(self) -> None:
         """Send all parameters of rank 0 to the other ranks."""

@@ -47,6 +47,14 @@ class StepGuard:
         self._good: dict[str, Any] | None = None
         self._saved = False
 
+    def state(self) -> dict[str, float]:
+        """What :meth:`load_state` needs for the same steps; the last good state is saved anew."""
+        return {"scale": self.scale, "in_a_row": self._in_a_row}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Go on from :meth:`state`."""
+        self.scale, self._in_a_row = state["scale"], int(state["in_a_row"])
+
     def begin(self) -> None:
         """Begin a round of steps; its first good one saves the state."""
         self._saved = False

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from m3po.errors import M3POError, UserError
+from m3po.stopping import INTERRUPTED, Stop
 
 
 def guarded(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
@@ -19,7 +20,8 @@ def guarded(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
         argv: Arguments without the program's name.
 
     Returns:
-        Exit code: the command's own, 2 for a user's mistake, 1 for another known failure, 130 when interrupted.
+        Exit code: the command's own, 2 for a user's mistake, 1 for another known failure, 130 when interrupted, 75
+        when stopped by another signal.
     """
     try:
         return main(list(argv))
@@ -27,9 +29,12 @@ def guarded(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except Stop as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

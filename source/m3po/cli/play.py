@@ -23,7 +23,7 @@ from m3po.evaluation_process import SEED_OFFSET, acting_cfg
 from m3po.export import export_policy
 from m3po.manifest import git_revision, package_versions, write_json
 from m3po.runners import M3PORunner
-from m3po.runners.checkpoint import check_compatible, read_checkpoint
+from m3po.runners.checkpoint import BEST, check_compatible, read_checkpoint
 
 NUM_EPISODES = 10
 """Episodes of each task, and environments that play them, unless the command line says otherwise."""
@@ -93,7 +93,7 @@ def _main(argv: list[str]) -> int:
 def _newest(job: suite_job.SuiteJob) -> Path:
     """Best checkpoint of the newest run, or its latest where nothing was evaluated."""
     latest = suite_job.resolve_checkpoint(job, "latest")
-    best = latest.with_name(suite_job.CHECKPOINTS["best"])
+    best = latest.with_name(BEST)
     return best if best.is_file() else latest
 
 

@@ -25,16 +25,14 @@ from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
 from m3po.envs.suite import TaskInfo, expand, find_task, named_sets
 from m3po.errors import UserError
 from m3po.presets import suite_runner_cfg
-from m3po.runners.checkpoint import check_compatible, read_checkpoint
+from m3po.runners import run_folder
+from m3po.runners.checkpoint import SELECTORS, check_compatible, read_checkpoint
 
 AGENTS = {"m3po_cfg_entry_point": "default", "m3po_paper_cfg_entry_point": "paper"}
 """Agent, named as for a single Isaac Lab task -> mode of the preset."""
 
 NUM_ENVS = {"cpu": 64, "cuda": 1024}
 """Environments of a task by type of device, unless the command line says otherwise."""
-
-CHECKPOINTS = {"latest": "model_last.pt", "best": "model_best.pt"}
-"""Checkpoint selector -> file that it means in the newest run that has one."""
 
 
 @dataclass
@@ -257,16 +255,32 @@ def resolve_checkpoint(job: SuiteJob, wanted: str) -> Path:
         job: The checked request.
         wanted: Path of a file, or ``latest`` or ``best``: of the newest run of the job's tasks that has one.
     """
-    path = _select_checkpoint(job, wanted) if wanted in CHECKPOINTS else Path(wanted)
+    path = _select_checkpoint(job, wanted) if wanted in SELECTORS else Path(wanted)
     tasks = job.names if job.multi_task else None
     check_compatible(path, read_checkpoint(path, "cpu"), task=job.train_cfg["task"], tasks=tasks)
     return path
 
 
+def find_run(job: SuiteJob, wanted: str) -> tuple[Path, Path]:
+    """Find the run of the job's tasks that ``--resume`` means, and its checkpoint, and check that this fits.
+
+    Args:
+        job: The checked request.
+        wanted: As in :func:`m3po.runners.run_folder.find_run`.
+    """
+    here = {"tasks": job.names, "algorithm": job.args.algo, "agent": job.args.agent}
+    run, path = run_folder.find_run(
+        experiment_dir(job), wanted, lambda manifest: all(manifest.get(key) == value for key, value in here.items())
+    )
+    tasks = job.names if job.multi_task else None
+    check_compatible(path, read_checkpoint(path, "cpu"), task=job.train_cfg["task"], tasks=tasks)
+    return run, path
+
+
 def _select_checkpoint(job: SuiteJob, wanted: str) -> Path:
-    runs = sorted(experiment_dir(job).glob(f"*/{CHECKPOINTS[wanted]}"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(experiment_dir(job).glob(f"*/{SELECTORS[wanted]}"), key=lambda path: path.stat().st_mtime)
     for path in reversed(runs):
         manifest = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
         if manifest["tasks"] == job.names:
             return path
-    raise UserError(f"no run of these tasks in '{experiment_dir(job)}' has a {CHECKPOINTS[wanted]}; train first.")
+    raise UserError(f"no run of these tasks in '{experiment_dir(job)}' has a {SELECTORS[wanted]}; train first.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,16 +14,16 @@ import torch
 import m3po
 from m3po.cli import suite_job
 from m3po.cli.arguments import Parser, at_least, guarded
+from m3po.cli.training import add_checkpoint_arguments, add_start_arguments, train
 from m3po.envs.suite import suites
 from m3po.errors import UserError
 from m3po.evaluation_process import EvaluationProcess
 from m3po.manifest import git_revision, package_versions, write_json
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
+from m3po.runners.run_folder import record_resumption
 from m3po.runners.task_transfer import TaskSizes, checkpoint_tasks, match_tasks, train_embedding_only
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
+from m3po.stopping import StopSignals
 
 SUITE_PACKAGES = ("dm-control", "metaworld", "mujoco-warp")
 """Distributions whose versions are recorded besides the usual ones."""
@@ -37,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
         argv: Arguments without the program's name.
 
     Returns:
-        Exit code: 0, 2 for a user's mistake, 130 when interrupted.
+        Exit code: 0, 2 for a user's mistake, 130 after Ctrl-C and 75 after a cluster's signal, when all is saved.
     """
     return guarded(_main, argv)
 
@@ -48,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--checkpoint", metavar="latest|best|PATH", help="Continue from this checkpoint.")
+    add_start_arguments(start)
     start.add_argument("--transfer", metavar="PATH", help="Start with what a checkpoint of other tasks has learnt.")
     parser.add_argument(
         "--init_task_from",
@@ -65,12 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         default="all",
         help="Of a checkpoint, train all, or the embeddings and action noise of the tasks alone.",
     )
-    parser.add_argument(
-        "--eval_interval",
-        type=at_least(0),
-        default=25,
-        help="Evaluate every so many iterations, in a process of its own; 0 never does, and keeps no model_best.pt.",
-    )
+    add_checkpoint_arguments(parser)
     parser.add_argument("--eval_envs", type=at_least(2), default=10, help="Environments of an evaluation, per task.")
     parser.add_argument(
         "--restart_members", "--restart-members", action="store_true", help="Restart a task's process that dies."
@@ -98,11 +92,18 @@ def _main(argv: list[str]) -> int:
     job = suite_job.prepare(_parser(), argv)
     args = job.args
     checkpoint = suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
-    _check_start(job)
-    run_dir = suite_job.create_run_dir(job, args.run_name)
-    _write_manifest(job, run_dir)
+    resumed = None
+    if args.resume:
+        run_dir, resumed = suite_job.find_run(job, args.resume)
+        record_resumption(run_dir, resumed, sys.orig_argv[1:])
+    else:
+        _check_start(job)
+        run_dir = suite_job.create_run_dir(job, args.run_name)
+        _write_manifest(job, run_dir)
     _report(job, run_dir)
+    stop = StopSignals()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.caught())
         evaluator = None
         if args.eval_interval > 0:
             order = {"arguments": job.arguments(), "num_envs": args.eval_envs}
@@ -111,8 +112,8 @@ def _main(argv: list[str]) -> int:
         env = stack.enter_context(
             suite_job.environments(job, job.sizes, job.seed, run_dir, restart=args.restart_members)
         )
-        train_cfg = job.train_cfg | {"eval_interval": args.eval_interval}
-        runner = M3PORunner(env, train_cfg, str(run_dir), job.device, evaluator)
+        train_cfg = job.train_cfg | {"eval_interval": args.eval_interval, "keep_checkpoints": args.keep_checkpoints}
+        runner = M3PORunner(env, train_cfg, str(run_dir), job.device, evaluator, stop)
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)
@@ -121,16 +122,7 @@ def _main(argv: list[str]) -> int:
         if args.train_only == "embedding":
             print("[m3po] training nothing but task embeddings and action noise")
             train_embedding_only(runner.alg)
-        start = time.perf_counter()
-        try:
-            runner.learn(job.train_cfg["max_iterations"], init_at_random_ep_len=True)
-        except KeyboardInterrupt:
-            path = run_dir / suite_job.CHECKPOINTS["latest"]
-            runner.save(str(path))
-            print(f"\n[m3po] interrupted; saved {path}")
-            return INTERRUPTED
-        print(f"[m3po] trained for {time.perf_counter() - start:.1f} s; checkpoints in {run_dir}")
-    return 0
+        return train(runner, job.train_cfg["max_iterations"], resumed, init_at_random_ep_len=True)
 
 
 def _check_start(job: suite_job.SuiteJob) -> None:

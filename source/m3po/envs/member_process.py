@@ -169,6 +169,14 @@ class ProcessMember(VecEnv):
         """Observation group ``policy``, (N, O)."""
         return self._group("obs")
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """All that the future of the environments depends on; ``None`` where they do not tell it."""
+        return self._call("state_dict", None)
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from :meth:`state_dict`. Returns whether the environments go on exactly."""
+        return self._call("load_state_dict", (state, self._slot))
+
     def reset(self) -> tuple[TensorDict, dict[str, Any]]:
         """Reset all environments."""
         self._slot = 1 - self._slot

@@ -22,6 +22,7 @@ from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
 from m3po.envs.shared_tensors import Sizes, cut, synchronize
+from m3po.stopping import leave_signals_to_the_parent
 
 OPTIONAL = ("time_outs", "final_obs", "success")
 """Entries of ``extras`` that are shared where an environment delivers them."""
@@ -33,6 +34,7 @@ def main(descriptor: int) -> None:
     Args:
         descriptor: File descriptor of the pipe to the parent.
     """
+    leave_signals_to_the_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.set_inheritable(descriptor, False)  # or the parent would not see this process end before its children
     code = 0
@@ -113,6 +115,17 @@ class _Worker:
         slot, ids = slot_and_ids
         if hasattr(self.env, "reset_envs"):
             self._write_obs(slot, self.env.reset_envs(torch.tensor(ids, device=self.env.device)))
+
+    def state_dict(self, _: None) -> dict[str, Any] | None:
+        """The environments' own state, where they tell it."""
+        return self.env.state_dict() if hasattr(self.env, "state_dict") else None
+
+    def load_state_dict(self, state_and_slot: tuple[dict[str, Any], int]) -> bool:
+        """Restore the environments' own state and write their observations."""
+        state, slot = state_and_slot
+        exact = self.env.load_state_dict(state)
+        self._write_obs(slot, self.env.get_observations())
+        return exact
 
     def set_episode_lengths(self, _: int) -> None:
         """Assign the environments' episode lengths."""

@@ -179,6 +179,26 @@ class MultiTaskVecEnv(VecEnv):
             merged["lost"] = self._per_env(lost)
         return self.get_observations(), self._cat(rewards, torch.float32), ends, merged
 
+    def state_dict(self) -> list[dict[str, Any] | None]:
+        """What the members tell of their state, for :meth:`load_state_dict`."""
+        return [env.state_dict() if hasattr(env, "state_dict") else None for env in self._envs]
+
+    def load_state_dict(self, state: list[dict[str, Any] | None]) -> bool:
+        """Go on from :meth:`state_dict` of the same members.
+
+        Returns:
+            Whether all of them go on exactly; otherwise new episodes begin in all of them.
+        """
+        with self._closed_on_failure():
+            exact = True
+            for env, part in zip(self._envs, state, strict=True):
+                exact &= part is not None and env.load_state_dict(part)
+            if exact:
+                self._obs = self._pad([env.get_observations()["policy"] for env in self._envs])
+        if not exact:
+            self.reset()
+        return exact
+
     def close(self) -> None:
         """Close all members, even where one of them fails to."""
         for env in self._envs:

@@ -1,7 +1,8 @@
-"""Checkpoints: written atomically, read without unpickling code, refused when they do not fit."""
+"""Checkpoints: written atomically, read without unpickling code, refused when they do not fit (docs/checkpoints.md)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import zipfile
@@ -13,12 +14,28 @@ import torch
 
 from m3po.errors import CheckpointError
 
-FORMAT = 1
-"""Version of the checkpoint's layout, stored under ``ckpt["m3po"]["format"]``."""
+FORMAT = 2
+"""Version of the checkpoint's layout, stored under ``ckpt["m3po"]["format"]``.
+
+1 had no ``resume``, and single values in ``m3po_state`` where several tasks have lists; it is read as it is.
+"""
+
+READABLE = (1, 2)
+"""Versions that this one reads."""
+
+LAST, BEST = "model_last.pt", "model_best.pt"
+"""The newest checkpoint of a run, which alone holds what an exact continuation needs, and the best evaluated one."""
+
+SELECTORS = {"latest": LAST, "best": BEST}
+"""What users call these checkpoints."""
 
 
 def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write to a temporary file, sync, and rename, so that a reader never sees half a checkpoint."""
+    """Write to a temporary file, sync, and rename, so that a reader never sees half a checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be written; a file that was there before is still there.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,8 +44,46 @@ def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or the new name may not outlive a power cut
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch wraps some of the former in the latter
+        raise CheckpointError(f"The checkpoint '{path}' could not be written: {_first_line(error)}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _first_line(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0].rstrip(".")
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints ``model_<iteration>.pt`` of a run, newest first."""
+    found = [path for path in folder.glob("model_*.pt") if path.stem.removeprefix("model_").isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("model_")), reverse=True)
+
+
+def read_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest readable checkpoint of a run; says which ones could not be read.
+
+    Raises:
+        CheckpointError: If none is readable.
+    """
+    failures = []
+    for path in (folder / LAST, *numbered(folder)):
+        if not path.exists():
+            continue
+        try:
+            content = read_checkpoint(path, "cpu")
+        except CheckpointError as error:
+            failures.append(str(error))
+            print(f"[m3po] {error} Using the one before it.", flush=True)
+        else:
+            return path, content
+    raise CheckpointError(" ".join([f"'{folder}' has no readable checkpoint.", *failures]))
 
 
 def read_checkpoint(path: str | Path, map_location: str | None = None) -> dict[str, Any]:
@@ -84,8 +139,9 @@ def check_compatible(
     found = content.get("m3po")
     if found is None:
         raise CheckpointError(f"'{path}' carries no M3PO description; it was not written by M3PO's runner.")
-    if found["format"] != FORMAT:
-        raise CheckpointError(f"'{path}' has format {found['format']}; this version reads format {FORMAT}.")
+    if found["format"] not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise CheckpointError(f"'{path}' has format {found['format']}; this version reads the formats {known}.")
     if tasks is not None or (task is not None and "tasks" in found):
         _check_tasks(path, found, tasks or [task], multi_task=tasks is not None)
     expected = {"task": task, "algorithm": algorithm, "obs_dims": obs_dims, "num_actions": num_actions}

@@ -120,6 +120,29 @@ class EpisodeStatistics:
                 result |= {"score_mean": _mean(scores), "score_min": min(scores), "score_tasks": len(scores)}
         return result
 
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs after a :meth:`read`, as tensors and plain values."""
+        return {
+            "return": self._return,
+            "length": self._length,
+            "windows": [list(window) for window in self._windows],
+            "success_rates": self._success_rates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], running: bool) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Args:
+            state: What it returned.
+            running: Whether the environments are in the midst of the same episodes; otherwise these begin now.
+        """
+        if running:
+            self._return.copy_(state["return"])
+            self._length.copy_(state["length"])
+        for window, episodes in zip(self._windows, state["windows"], strict=True):
+            window.extend(episodes)
+        self._success_rates = dict(state["success_rates"])
+
     def _read_tasks(self) -> list[dict[str, float]]:
         """Values of each task, those that are known."""
         episodes = self._close_episodes()

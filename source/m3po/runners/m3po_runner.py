@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,20 +15,26 @@ from rsl_rl.runners import OnPolicyRunner
 from tensordict import TensorDict
 
 from m3po.algorithms import M3PO
-from m3po.errors import M3POError, UserError
+from m3po.errors import CheckpointError, M3POError, UserError
 from m3po.runners.checkpoint import (
+    BEST,
     FORMAT,
+    LAST,
     check_compatible,
     check_shapes,
     network_states,
+    numbered,
     read_checkpoint,
     write_checkpoint,
 )
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
 from m3po.runners.quarantine import Quarantine
+from m3po.runners.random_state import random_state, restore_random_state
 from m3po.runners.reporting import Reporter, console_block
+from m3po.runners.run_folder import rewind
 from m3po.runners.task_transfer import describe_tasks, described_tasks, transferred
+from m3po.stopping import StopSignals
 from m3po.stopwatch import Stopwatch
 
 
@@ -51,10 +57,14 @@ class Evaluator(Protocol):
 class M3PORunner(OnPolicyRunner):
     """Runs M3PO, or rsl_rl's own PPO in the same harness.
 
-    ``log_dir`` receives ``model_<iteration>.pt`` every ``save_interval``, ``model_last.pt``, ``model_best.pt`` (by
-    evaluation), TensorBoard events, ``progress.csv`` and ``evaluations.csv``; of several tasks also ``tasks.csv``,
-    ``task_evaluations.csv`` and the report on their embeddings.
+    ``log_dir`` receives ``model_<iteration>.pt`` every ``save_interval``, the newest of which are kept, and
+    ``model_last.pt``, with what an exact continuation needs besides; ``model_best.pt`` (by evaluation), TensorBoard
+    events, ``progress.csv`` and ``evaluations.csv``; of several tasks also ``tasks.csv``, ``task_evaluations.csv`` and
+    the report on their embeddings.
     """
+
+    KEPT = 10
+    """Numbered checkpoints that are kept, unless ``keep_checkpoints`` of the configuration says otherwise."""
 
     def __init__(
         self,
@@ -63,34 +73,48 @@ class M3PORunner(OnPolicyRunner):
         log_dir: str | None = None,
         device: str = "cpu",
         evaluator: Evaluator | None = None,
+        stop: StopSignals | None = None,
     ) -> None:
         """Build the algorithm for an environment.
 
         Args:
             env: Environment.
             train_cfg: Runner configuration as in rsl_rl; ``task`` names the task in checkpoints,
-                ``eval_interval`` is the number of iterations between evaluations.
+                ``eval_interval`` is the number of iterations between evaluations, ``keep_checkpoints`` the number of
+                numbered checkpoints that are kept.
             log_dir: Folder of the run; nothing is written without one.
             device: Torch device.
             evaluator: Evaluates checkpoints; without one there is no ``model_best.pt``.
+            stop: Signals that end :meth:`learn` after the iteration that runs.
         """
         self._agent = json.dumps(train_cfg, default=str)  # before rsl_rl takes it apart
         super().__init__(env, train_cfg, log_dir=log_dir, device=device)
         self.log_dir = log_dir
         self.evaluator = evaluator
+        self.stop = stop or StopSignals()
         self.reporter = Reporter(log_dir)
         self.quarantine = Quarantine(self.env, self.cfg, log_dir, self.device)
+        self.statistics = EpisodeStatistics.of(env, device)
         self.best_return = float("-inf")
         self.env_steps, self.seconds = 0, 0.0
+        self._unevaluated: dict[int, str] = {}
+        """Checkpoints whose evaluation has not come back yet, by iteration."""
+        self._episodes_run = False
+        """Whether the environments are in the midst of the episodes of a resumed run."""
 
     def learn(self, num_learning_iterations: int, init_at_random_ep_len: bool = False) -> None:
         """Train for a number of iterations.
 
         Args:
             num_learning_iterations: Iterations of rollout and update.
-            init_at_random_ep_len: Start the environments at random points of their episodes.
+            init_at_random_ep_len: Start the environments at random points of their episodes, unless they go on with
+                those of a resumed run.
+
+        Raises:
+            Stop: After a signal, when everything is saved.
+            CheckpointError: If the last checkpoint cannot be written; others are tried again.
         """
-        if init_at_random_ep_len:
+        if init_at_random_ep_len and not self._episodes_run:
             steps = self.env.episode_length_buf
             if isinstance(self.env.max_episode_length, torch.Tensor):  # one for each environment
                 self.env.episode_length_buf = (
@@ -100,44 +124,52 @@ class M3PORunner(OnPolicyRunner):
                 self.env.episode_length_buf = torch.randint_like(steps, high=int(self.env.max_episode_length))
         obs = self.quarantine.first(self.env.get_observations().to(self.device))
         self.alg.train_mode()
-        statistics = EpisodeStatistics.of(self.env, self.device)
         watch = getattr(self.alg, "stopwatch", Stopwatch(self.device))
         first = self.current_learning_iteration
-        total = first + num_learning_iterations
         try:
-            self._iterate(first, total, obs, statistics, watch)
+            self._iterate(first, first + num_learning_iterations, obs, watch)
             self._finish_evaluations()
             self._report_embedding()
         finally:
             self.reporter.close()
 
-    def _iterate(
-        self, first: int, total: int, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch
-    ) -> None:
+    def _iterate(self, first: int, total: int, obs: TensorDict, watch: Stopwatch) -> None:
         """Iterations ``first`` to ``total - 1``."""
         start_seconds = self.seconds
-        for it in range(first, total):
-            begin = time.perf_counter()
-            with torch.inference_mode():
-                for _ in range(self.cfg["num_steps_per_env"]):
-                    obs = self._step(obs, statistics, watch)
-                collected = time.perf_counter()
-                counts, task_counts = self.quarantine.close_rollout()
-                if self.quarantine.exceeded:
-                    self._give_up()
-                self.alg.compute_returns(obs)
-            losses = self.alg.update()
-            end = time.perf_counter()
+        with self.stop.deferred():
+            for it in range(first, total):
+                obs, row, losses = self._iteration(it, obs, watch)
+                metrics = getattr(self.alg, "metrics", {}) | self.quarantine.metrics
+                self.reporter.report(row, losses, metrics)
+                eta = (self.seconds - start_seconds) / (it + 1 - first) * (total - it - 1)
+                print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
+                self._checkpoint(it, last=it + 1 == total)
+                if self.stop.received:
+                    if self.log_dir is not None:
+                        self.save(os.path.join(self.log_dir, LAST), resumable=True)
+                    break
 
-            self.seconds += end - begin
-            self.env_steps += self.env.num_envs * self.cfg["num_steps_per_env"]
-            self.current_learning_iteration = it
-            row = self._row(it, statistics, watch, collected - begin, end - collected) | task_counts
-            metrics = getattr(self.alg, "metrics", {}) | counts
-            self.reporter.report(row, losses, metrics)
-            eta = (self.seconds - start_seconds) / (it + 1 - first) * (total - it - 1)
-            print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
-            self._checkpoint(it, last=it + 1 == total)
+    def _iteration(
+        self, it: int, obs: TensorDict, watch: Stopwatch
+    ) -> tuple[TensorDict, dict[str, float], dict[str, float]]:
+        """One rollout and update. Returns the next observations, the report's row, and the mean losses."""
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(self.cfg["num_steps_per_env"]):
+                obs = self._step(obs, self.statistics, watch)
+            collected = time.perf_counter()
+            self.quarantine.close_rollout()
+            if self.quarantine.exceeded:
+                self._give_up()
+            self.alg.compute_returns(obs)
+        losses = self.alg.update()
+        end = time.perf_counter()
+
+        self.seconds += end - begin
+        self.env_steps += self.env.num_envs * self.cfg["num_steps_per_env"]
+        self.current_learning_iteration = it
+        row = self._row(it, self.statistics, watch, collected - begin, end - collected)
+        return obs, row | self.quarantine.task_metrics, losses
 
     def _step(self, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch) -> TensorDict:
         """One step of all environments. Returns the next observations."""
@@ -158,7 +190,7 @@ class M3PORunner(OnPolicyRunner):
         if not all(x.isfinite().all() for x in tensors):
             saved += ", because the networks are not finite either: continue from an earlier checkpoint"
         elif self.log_dir is not None:
-            path = os.path.join(self.log_dir, "model_last.pt")
+            path = os.path.join(self.log_dir, LAST)
             self.save(path)
             saved = f"saved {path}"
         raise M3POError(
@@ -206,12 +238,27 @@ class M3PORunner(OnPolicyRunner):
         evaluate = self.evaluator is not None and interval > 0 and ((it + 1) % interval == 0 or last)
         path = os.path.join(self.log_dir, f"model_{it}.pt")
         if evaluate or last or (it + 1) % self.cfg["save_interval"] == 0:
-            self.save(path)
-            self.save(os.path.join(self.log_dir, "model_last.pt"))
-        if evaluate:
+            try:
+                self.save(path)
+                if evaluate:
+                    self._unevaluated[it] = path
+                self.save(os.path.join(self.log_dir, LAST), resumable=True)
+                self._remove_old()
+            except CheckpointError as error:
+                if last:
+                    raise
+                print(f"[m3po] {error} Training goes on; the checkpoints before it are still there.", flush=True)
+        if it in self._unevaluated:
             self.evaluator.submit(path, it)
         if self.evaluator is not None:
             self._record(self.evaluator.poll())
+
+    def _remove_old(self) -> None:
+        """Remove the oldest numbered checkpoints, but none that waits for its evaluation."""
+        waiting = {os.path.basename(path) for path in self._unevaluated.values()}
+        for path in numbered(Path(self.log_dir))[self.cfg.get("keep_checkpoints", self.KEPT) :]:
+            if path.name not in waiting:
+                path.unlink(missing_ok=True)
 
     def _finish_evaluations(self) -> None:
         if self.evaluator is not None:
@@ -238,10 +285,16 @@ class M3PORunner(OnPolicyRunner):
             print(f"[m3po] evaluation after iteration {result['iteration'] + 1}: {text}", flush=True)
             quality = result["prior"].get("score_mean", result["prior"]["return_mean"])
             if quality > self.best_return:
-                self.best_return = quality
                 best = read_checkpoint(result["checkpoint"], map_location="cpu")
-                best["infos"] = {"evaluation": {k: result["prior"][k] for k in ("return_mean", "return_std")}}
-                write_checkpoint(Path(self.log_dir) / "model_best.pt", best)
+                evaluation = {k: result["prior"][k] for k in ("return_mean", "return_std")}
+                best["infos"] = {"evaluation": evaluation, "quality": quality}
+                try:
+                    write_checkpoint(Path(self.log_dir) / BEST, best)
+                except CheckpointError as error:
+                    print(f"[m3po] {error} The best one before it is still there.", flush=True)
+                else:
+                    self.best_return = quality
+            self._unevaluated.pop(result["iteration"], None)
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint says about itself."""
@@ -256,8 +309,18 @@ class M3PORunner(OnPolicyRunner):
             "agent": self._agent,
         }
 
-    def save(self, path: str, infos: dict | None = None) -> None:
-        """Write a checkpoint atomically."""
+    def save(self, path: str, infos: dict | None = None, resumable: bool = False) -> None:
+        """Write a checkpoint atomically (docs/checkpoints.md).
+
+        Args:
+            path: File.
+            infos: Kept with it.
+            resumable: Include what :meth:`resume` needs to go on exactly: the ring, which is large, random numbers,
+                statistics, and the environments where these tell their state.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
         content = self.alg.save()
         content["iter"] = self.current_learning_iteration
         content["infos"] = infos
@@ -267,6 +330,14 @@ class M3PORunner(OnPolicyRunner):
             "seconds": self.seconds,
             "best_return": self.best_return,
         }
+        if resumable:
+            content["resume"] = {
+                "algorithm": self.alg.resume_state() if isinstance(self.alg, M3PO) else None,
+                "random": random_state(),
+                "statistics": self.statistics.state_dict(),
+                "environment": self.env.state_dict() if hasattr(self.env, "state_dict") else None,
+                "unevaluated": {it: os.path.basename(path) for it, path in self._unevaluated.items()},
+            }
         write_checkpoint(path, content)
 
     def load(
@@ -278,6 +349,10 @@ class M3PORunner(OnPolicyRunner):
             CheckpointError: If the file is unreadable or does not fit; nothing is loaded then.
         """
         content = read_checkpoint(path, map_location or self.device)
+        self._load(path, content, load_cfg, strict)
+        return content["infos"]
+
+    def _load(self, path: str, content: dict[str, Any], load_cfg: dict | None = None, strict: bool = True) -> None:
         here = self.description()
         compared = ("task", "tasks", "algorithm", "obs_dims", "num_actions")
         check_compatible(path, content, **{name: here[name] for name in compared if name in here})
@@ -286,7 +361,53 @@ class M3PORunner(OnPolicyRunner):
             self.current_learning_iteration = content["iter"] + 1
             for name, value in content["runner_state"].items():
                 setattr(self, name, value)
-        return content["infos"]
+
+    def resume(self, path: str) -> None:
+        """Go on with the run in :attr:`log_dir` from one of its checkpoints, as if it had never stopped.
+
+        The result is the same, bit for bit on a CPU, from ``model_last.pt`` and where the environments tell their
+        state; what is missing for that is said. Rows of later iterations leave the run's tables.
+
+        Args:
+            path: Checkpoint.
+
+        Raises:
+            CheckpointError: If the file is unreadable or does not fit.
+        """
+        content = read_checkpoint(path, self.device)
+        self._load(path, content)
+        for change in _changes(json.loads(content["m3po"]["agent"]), json.loads(self._agent)):
+            print(f"[m3po] not as before: {change}", flush=True)
+        folder = Path(self.log_dir)
+        rewind(folder, self.current_learning_iteration - 1, self.env_steps)
+        self._keep_best(folder)
+        state = content.get("resume")
+        if state is None:
+            print(f"[m3po] '{path}' holds networks, optimisers and counters alone; the rest starts afresh.", flush=True)
+            return
+        if state["algorithm"] is not None:
+            self.alg.restore(state["algorithm"])
+        if state["environment"] is not None and hasattr(self.env, "load_state_dict"):
+            self._episodes_run = self.env.load_state_dict(state["environment"])
+        if not self._episodes_run:
+            print("[m3po] these environments do not tell their whole state; new episodes begin.", flush=True)
+        self.statistics.load_state_dict(state["statistics"], running=self._episodes_run)
+        self._evaluate_again(folder, state["unevaluated"])
+        restore_random_state(state["random"])  # last, because to build anything draws from them
+
+    def _keep_best(self, folder: Path) -> None:
+        """The best checkpoint may be of later than the one that the run goes on from, and stays the best."""
+        if (folder / BEST).exists():
+            infos = read_checkpoint(folder / BEST, "cpu")["infos"] or {}
+            self.best_return = max(self.best_return, infos.get("quality", self.best_return))
+
+    def _evaluate_again(self, folder: Path, unevaluated: dict[int, str]) -> None:
+        """Submit the checkpoints whose evaluation had not come back when the run ended."""
+        done = self.reporter.evaluated()
+        for it, name in unevaluated.items():
+            if self.evaluator is not None and it not in done and (folder / name).exists():
+                self._unevaluated[it] = str(folder / name)
+                self.evaluator.submit(str(folder / name), it)
 
     def transfer(self, path: str, init_from: dict[str, str] | None = None) -> None:
         """Take over what a checkpoint of other tasks knows (:mod:`~m3po.runners.task_transfer`).
@@ -321,3 +442,12 @@ def _evaluation_text(name: str, result: dict) -> str:
     if "score_mean" in result:
         return f"{name} score {result['score_mean']:.3f} (lowest {result['score_min']:.3f})"
     return f"{name} {result['return_mean']:.2f} +- {result['return_std']:.2f}"
+
+
+def _changes(before: Any, now: Any, path: str = "agent") -> Iterator[str]:
+    """Where two nested configurations differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before.keys() | now.keys():
+            yield from _changes(before.get(name), now.get(name), f"{path}.{name}")
+    elif before != now:
+        yield f"{path} was {before} and is {now}"

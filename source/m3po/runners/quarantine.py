@@ -9,6 +9,7 @@ is not finite, and all its steps are lost until it ends an episode by itself.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,13 @@ class Quarantine:
         """Environments that are not usable before they are reset, (N,)."""
         self._counts = torch.zeros(2, env.num_envs, dtype=torch.long, device=device)
         """Quarantines and lost steps of the rollout, (2, N)."""
+        self.metrics: dict[str, float] = {}
+        """Counts of the rollout that was closed last."""
+        self.task_metrics: dict[str, float] = {}
+        """Its quarantines of each of several tasks, as ``task/<name>/quarantined``."""
+        self.affected = 0.0
+        """Share of the environments with a step lost to the quarantine in it."""
         self._num_files = self._num_messages = 0
-        self._open_action: torch.Tensor | None = None
 
     def first(self, obs: TensorDict) -> TensorDict:
         """The observations that a training begins with, with zeros in rows that are not finite."""
@@ -110,28 +116,23 @@ class Quarantine:
             return answer
         return self._masked(previous, (obs, rewards, dones, extras), lost)
 
-    def close_rollout(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Count what happened since the last call: the only time that the host always waits.
-
-        Returns:
-            Metrics, and of several tasks their own as ``task/<name>/quarantined``.
-        """
+    def close_rollout(self) -> None:
+        """Count what happened since the last call: the only time that the host always waits."""
         quarantined, lost = self._counts.cpu()
         self._counts = torch.zeros_like(self._counts)
         self._num_messages = 0
         self.affected = (lost > 0).float().mean().item()
-        metrics = {"robust/quarantined": float(quarantined.sum()), "robust/lost_steps": float(lost.sum())}
-        if metrics["robust/quarantined"]:
+        self.metrics = {"robust/quarantined": float(quarantined.sum()), "robust/lost_steps": float(lost.sum())}
+        if quarantined.any():
             print(
-                f"[m3po] {metrics['robust/quarantined']:.0f} quarantines in this rollout, in {self.affected:.1%} of the"
-                f" environments; {metrics['robust/lost_steps']:.0f} steps lost",
+                f"[m3po] {quarantined.sum()} quarantines in this rollout, in {self.affected:.1%} of the environments; "
+                f"{lost.sum()} steps lost",
                 flush=True,
             )
-        if len(self._task_names) < 2:
-            return metrics, {}
-        sums = torch.zeros(len(self._task_names), dtype=torch.long).index_add(0, self._task_ids, quarantined)
-        counts = zip(self._task_names, sums.tolist(), strict=True)
-        return metrics, {f"task/{name}/quarantined": float(count) for name, count in counts}
+        if len(self._task_names) > 1:
+            sums = torch.zeros(len(self._task_names), dtype=torch.long).index_add(0, self._task_ids, quarantined)
+            counts = zip(self._task_names, sums.tolist(), strict=True)
+            self.task_metrics = {f"task/{name}/quarantined": float(count) for name, count in counts}
 
     @property
     def exceeded(self) -> bool:
@@ -181,6 +182,8 @@ class Quarantine:
         if self.log_dir is not None and self._num_files < MAX_FILES:
             self._num_files += 1
             path = Path(self.log_dir) / f"nonfinite_{self._recorder.step}.pt"
+            if path.exists():  # of the same run before it was resumed, which counts steps anew
+                path = path.with_stem(f"{path.stem}_{time.time_ns()}")
             self._recorder.write(path, affected, findings)
             where = f"; recorded in {path}"
         of = f" of {', '.join(tasks)}" if tasks else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import math
+import os
 from pathlib import Path
 from typing import TextIO
 
@@ -54,6 +55,10 @@ TAGS = {
 """TensorBoard's names of columns; rsl_rl's where it has one."""
 
 
+ENV_STEPS = "/env_steps"
+"""End of TensorBoard's names of curves over environment steps; all others are over iterations."""
+
+
 class Reporter:
     """Writes one row per iteration everywhere it belongs."""
 
@@ -63,6 +68,14 @@ class Reporter:
         self._writer: SummaryWriter | None = None
         self._file: TextIO | None = None
         self._csv: csv.DictWriter | None = None
+
+    def evaluated(self) -> set[int]:
+        """Iterations in ``evaluations.csv``."""
+        path = self.log_dir / "evaluations.csv"
+        if not path.exists():
+            return set()
+        with open(path, newline="", encoding="utf-8") as file:
+            return {int(row["iteration"]) for row in csv.DictReader(file)}
 
     def report(self, row: dict[str, float], losses: dict[str, float], metrics: dict[str, float]) -> None:
         """Write an iteration.
@@ -79,9 +92,13 @@ class Reporter:
         flat = {**row, **{f"loss/{k}": v for k, v in losses.items()}, **metrics}
         if self._writer is None:
             self._writer = SummaryWriter(str(self.log_dir), flush_secs=10)
-            own = [k for k in flat if k not in COLUMNS and k not in row]
-            columns = [*COLUMNS, *(SCORE_COLUMNS if tasks else ()), *own]
-            self._file = open(self.log_dir / "progress.csv", "a", newline="", encoding="utf-8")  # noqa: SIM115
+            self._file = open(self.log_dir / "progress.csv", "a+", newline="", encoding="utf-8")  # noqa: SIM115
+            self._file.seek(0)
+            columns = next(csv.reader(self._file), None)  # those of a run that goes on
+            self._file.seek(0, os.SEEK_END)
+            if columns is None:
+                own = [k for k in flat if k not in COLUMNS and k not in row]
+                columns = [*COLUMNS, *(SCORE_COLUMNS if tasks else ()), *own]
             self._csv = csv.DictWriter(self._file, columns, restval="", extrasaction="ignore")
             if self._file.tell() == 0:
                 self._csv.writeheader()
@@ -95,7 +112,7 @@ class Reporter:
             self._writer.add_scalar(tag.replace("loss/", "Loss/"), value, step)
         for name in ("mean_return", "mean_step_reward"):
             if name in row:
-                self._writer.add_scalar(f"Train/{name}/env_steps", row[name], int(row["env_steps"]))
+                self._writer.add_scalar(f"Train/{name}{ENV_STEPS}", row[name], int(row["env_steps"]))
         if tasks:
             self._report_tasks(row, tasks)
 

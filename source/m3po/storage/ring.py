@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 
+from m3po.errors import CheckpointError
 from m3po.storage.rollout import RolloutStorage
 
 
@@ -78,6 +80,33 @@ class RolloutRing:
         self.head = (self.head + self.num_steps) % self.capacity
         self.size = min(self.size + self.num_steps, self.capacity)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs, as tensors and plain values; the tensors are those in use."""
+        fields = {
+            name: dict(field.items()) if isinstance(field, TensorDict) else field
+            for name, field in self._fields.items()
+        }
+        return {"fields": fields, "size": self.size, "head": self.head, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: If the rollouts had other sizes; nothing was loaded then.
+        """
+        found, here = _shapes(state["fields"]), _shapes(self.state_dict()["fields"])
+        if found != here:
+            there = found.get("rewards", "none")
+            raise CheckpointError(
+                f"the stored rollouts do not fit: {there} steps x environments there, {here['rewards']} here, or other "
+                "observations. Resume with the settings that the run was started with."
+            )
+        for name, field in state["fields"].items():
+            for key, value in field.items() if isinstance(field, dict) else [(None, field)]:
+                (self._fields[name] if key is None else self._fields[name][key]).copy_(value)
+        self.size, self.head = state["size"], state["head"]
+        self.generator.set_state(state["generator"].cpu())
+
     def sample(self, batch_size: int, horizon: int) -> Sequences:
         """Draw sub-sequences uniformly over all starts whose ``horizon`` transitions are stored.
 
@@ -109,3 +138,8 @@ class RolloutRing:
         ended = torch.cumsum(dones, dim=1) - dones.long()
         mask = (ended == 0) & ~lost
         return Sequences(mask=mask, next_mask=mask & valid, **picked)
+
+
+def _shapes(fields: dict[str, Any]) -> dict[str, Any]:
+    """Shapes of nested tensors."""
+    return {k: _shapes(v) if isinstance(v, dict) else tuple(v.shape) for k, v in fields.items()}

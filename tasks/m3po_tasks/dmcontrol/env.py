@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from rsl_rl.env import VecEnv
@@ -28,6 +28,12 @@ class Backend(Protocol):
 
     def step(self, ctrl: torch.Tensor) -> Iterator[Physics]:
         """Advance all worlds by one decision under controls (N, nu); yields the physics after each control step."""
+
+    def state_dict(self) -> dict[str, torch.Tensor] | None:
+        """All that the worlds' future depends on, for :meth:`load_state_dict`; ``None`` if it cannot be told."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put all worlds back into the states of :meth:`state_dict`."""
 
     def close(self) -> None:
         """End what would outlive the object, such as threads."""
@@ -100,6 +106,22 @@ class MjcfVecEnv(VecEnv):
         if len(rows):  # on a GPU the host waits here, once per step
             self._obs = self._obs.index_copy(0, rows, self._restart(rows))
         return self.get_observations(), reward.float(), dones, extras
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """All that the future of the environments depends on; ``None`` where the backend cannot tell it."""
+        worlds = self.backend.state_dict()
+        if worlds is None:
+            return None
+        own = {"obs": self._obs, "target": self.target, "episode_length_buf": self.episode_length_buf}
+        return {**own, "worlds": worlds, "generator": self.initial.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from :meth:`state_dict` of as many environments. Returns True: they go on exactly."""
+        self._obs, self.target = state["obs"].to(self.device), state["target"].to(self.device)
+        self.episode_length_buf = state["episode_length_buf"].to(self.device)
+        self.backend.load_state_dict(state["worlds"])
+        self.initial.generator.set_state(state["generator"].cpu())
+        return True
 
     def _restart(self, rows: torch.Tensor) -> torch.Tensor:
         """Start new episodes in some worlds, (n,); returns their observations."""

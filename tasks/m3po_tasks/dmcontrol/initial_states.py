@@ -28,8 +28,9 @@ class InitialStates:
             *(torch.from_numpy(part).to(device, dtype) for part in (start.qpos, start.qvel, start.act, sensordata))
         )
         self.target = torch.from_numpy(start.target).to(device, dtype)
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        """Draws which states are picked."""
 
     def draw(self, count: int) -> torch.Tensor:
         """Pick states: their rows in the pool, (count,)."""
-        return torch.randint(len(self.target), (count,), generator=self._generator, device=self.target.device)
+        return torch.randint(len(self.target), (count,), generator=self.generator, device=self.target.device)

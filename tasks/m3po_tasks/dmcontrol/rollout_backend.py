@@ -59,6 +59,14 @@ class RolloutBackend:
         time = qpos.new_zeros(len(rows), 1)
         self.state[rows.cpu().numpy()] = torch.cat([time, qpos, qvel, act], dim=1).cpu().numpy()
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """MuJoCo's full states; the solver starts each decision cold, so nothing else matters."""
+        return {"state": torch.from_numpy(self.state)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put all worlds back into the states of :meth:`state_dict`."""
+        self.state[:] = state["state"].cpu().numpy()
+
     def step(self, ctrl: torch.Tensor) -> Iterator[Physics]:
         """Advance all worlds by one decision under controls (N, nu); yields the physics after each control step."""
         self._control[:] = ctrl.cpu().numpy()[:, None]

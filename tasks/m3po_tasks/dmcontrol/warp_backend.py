@@ -59,6 +59,13 @@ class WarpBackend:
         self._warmstart[rows] = 0.0
         self._refresh()
 
+    def state_dict(self) -> None:
+        """Nothing: the solver's warm start is part of the state, and mujoco_warp does not tell all of it."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Never called, as there is no state to restore."""
+        raise RuntimeError("Worlds on a GPU do not tell their state.")
+
     def step(self, ctrl: torch.Tensor) -> Iterator[Physics]:
         """Advance all worlds under controls (N, nu); yields the physics after each control step."""
         self._ctrl.copy_(ctrl)

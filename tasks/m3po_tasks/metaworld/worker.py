@@ -7,6 +7,7 @@ import traceback
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
+from m3po.stopping import leave_signals_to_the_parent
 from m3po_tasks.metaworld.buffers import Buffers, block, cut
 
 
@@ -79,4 +80,5 @@ def _make(connection: Connection, task: str, seeds: list[int], start: int, num_e
 
 def main(pipe: int) -> None:
     """Obey the parent at the other end of a pipe, a file descriptor."""
+    leave_signals_to_the_parent()
     obey(Connection(pipe))

@@ -76,8 +76,10 @@ def _main(argv: list[str]) -> int:
 
 def _newest(job: launch.Job) -> Path:
     """Best checkpoint of the newest run, or its latest where nothing was evaluated."""
+    from m3po.runners.checkpoint import BEST
+
     latest = launch.resolve_checkpoint(job, "latest")
-    best = latest.with_name(launch.SELECTORS["best"])
+    best = latest.with_name(BEST)
     return launch.resolve_checkpoint(job, str(best)) if best.is_file() else latest
 
 

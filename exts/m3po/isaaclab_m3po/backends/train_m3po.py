@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +12,6 @@ from m3po.cli.arguments import Parser, at_least, guarded
 from m3po.errors import UserError
 
 from .. import launch
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -24,25 +21,22 @@ def run(argv: Sequence[str]) -> int:
         argv: Arguments without the program's name.
 
     Returns:
-        Exit code: 0, 2 for a user's mistake, 130 when interrupted.
+        Exit code: 0, 2 for a user's mistake, 130 after Ctrl-C and 75 after a cluster's signal, when all is saved.
     """
     return guarded(_main, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     """Options of training; those shared with playing come from :mod:`isaaclab_m3po.launch`."""
+    from m3po.cli.training import add_checkpoint_arguments, add_start_arguments
+
     parser = Parser(description="Train M3PO, or rsl_rl's PPO in the same harness, on an Isaac Lab task.")
     launch.add_common_arguments(parser)
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
-    parser.add_argument("--checkpoint", metavar="latest|best|PATH", help="Continue from this checkpoint.")
-    parser.add_argument(
-        "--eval_interval",
-        type=at_least(0),
-        default=25,
-        help="Evaluate every so many iterations, in a process of its own; 0 never does, and keeps no model_best.pt.",
-    )
+    add_start_arguments(parser.add_mutually_exclusive_group())
+    add_checkpoint_arguments(parser)
     parser.add_argument("--eval_envs", type=at_least(2), default=32, help="Environments of an evaluation.")
     return parser
 
@@ -52,25 +46,32 @@ def _main(argv: list[str]) -> int:
     request = launch.parse(_parser(), argv)
     job = launch.prepare(request)
     checkpoint = launch.resolve_checkpoint(job, job.args.checkpoint) if job.args.checkpoint else None
-    run_dir = launch.create_run_dir(job)
+    run_dir, resumed = launch.find_run(job, job.args.resume) if job.args.resume else (launch.create_run_dir(job), None)
     launch.report(job)
     print(f"[m3po] run folder: {run_dir}")
-    return _train(job, run_dir, checkpoint)
+    return _train(job, run_dir, checkpoint, resumed)
 
 
-def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None) -> int:
-    """Simulate and train; Ctrl-C saves what has been learnt."""
+def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None, resumed: Path | None) -> int:
+    """Simulate and train; a signal saves what has been learnt."""
     from isaaclab_rl.entrypoints.common import dump_train_configs, scoped_torch_backend_flags
 
+    from m3po.cli.training import train
     from m3po.runners import M3PORunner
+    from m3po.runners.run_folder import record_resumption
+    from m3po.stopping import StopSignals
 
     from ..evaluation_worker import EvaluationWorker
     from ..manifest import write_manifest
 
     job.env_cfg.log_dir = str(run_dir)
-    write_manifest(job, run_dir)
-    dump_train_configs(str(run_dir), job.env_cfg, job.agent_cfg)
-    train_cfg = job.train_cfg() | {"eval_interval": job.args.eval_interval}
+    if resumed is None:
+        write_manifest(job, run_dir)
+        dump_train_configs(str(run_dir), job.env_cfg, job.agent_cfg)
+    else:
+        record_resumption(run_dir, resumed, sys.orig_argv[1:])
+    options = {name: getattr(job.args, name) for name in ("eval_interval", "keep_checkpoints")}
+    stop = StopSignals()
     with contextlib.ExitStack() as stack:
         evaluator = None
         if job.args.eval_interval > 0:
@@ -81,20 +82,12 @@ def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None) -> int:
         )
         stack.enter_context(flags)
         env = stack.enter_context(launch.environment(job))
+        stack.enter_context(stop.caught())  # within the simulation, which may have handlers of its own
         try:
-            runner = M3PORunner(env, train_cfg, str(run_dir), job.device, evaluator)
+            runner = M3PORunner(env, job.train_cfg() | options, str(run_dir), job.device, evaluator, stop)
         except ValueError as error:  # rsl_rl's and our own complaints about classes and observation groups
             raise UserError(str(error)) from error
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)
-        start = time.perf_counter()
-        try:
-            runner.learn(job.agent_cfg.max_iterations, init_at_random_ep_len=job.agent_cfg.init_at_random_ep_len)
-        except KeyboardInterrupt:
-            path = run_dir / launch.SELECTORS["latest"]
-            runner.save(str(path))
-            print(f"\n[m3po] interrupted; saved {path}")
-            return INTERRUPTED
-        print(f"[m3po] trained for {time.perf_counter() - start:.1f} s; checkpoints in {run_dir}")
-    return 0
+        return train(runner, job.agent_cfg.max_iterations, resumed, job.agent_cfg.init_at_random_ep_len)

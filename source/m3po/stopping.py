@@ -1,0 +1,83 @@
+"""Signals that end a training: it saves first, and says by its exit code that it can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+SAVED = 75
+"""Exit code after a cluster's signal (``EX_TEMPFAIL`` of sysexits.h: try again): everything is saved, resume."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it: everything is saved as well."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C, the end of a container or a job, and a cluster's warning before it."""
+
+
+class Stop(BaseException):  # not an Exception: nobody on the way up may take it for a failure
+    """A signal has asked the training to end."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"stopped by {number.name}")
+        self.signal = number
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with."""
+        return INTERRUPTED if self.signal == signal.SIGINT else SAVED
+
+
+class StopSignals:
+    """Turns the first of :data:`SIGNALS` into :class:`Stop`; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self._deferred = False
+        self.received: signal.Signals | None = None
+        """The first signal so far."""
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Handle the signals inside of this context; needs the main thread."""
+        # What a shell has made a background job ignore stays ignored.
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let what is inside of this context finish before :class:`Stop` is raised."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.received is not None:
+            raise Stop(self.received)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        """Called between two instructions of the main thread."""
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.received = signal.Signals(number)
+        if not self._deferred:
+            raise Stop(self.received)
+        print(
+            f"\n[m3po] {self.received.name}: finishing the iteration, then saving; the same again ends at once.",
+            flush=True,
+        )
+
+
+def leave_signals_to_the_parent() -> None:
+    """Ignore :data:`SIGNALS`: a cluster sends them to all processes of a job, and the training still needs its own."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

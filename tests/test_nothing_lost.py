@@ -1,0 +1,242 @@
+"""Signals, kills and full disks: what was learnt is on the disk, and readable."""
+
+import csv
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from toy_env import PointEnv, runner_cfg
+
+from m3po.cli.training import train
+from m3po.errors import CheckpointError
+from m3po.runners import M3PORunner
+from m3po.runners.checkpoint import LAST, read_checkpoint, read_newest, write_checkpoint
+from m3po.stopping import SAVED, Stop, StopSignals
+
+
+def make_runner(folder: Path, stop: StopSignals | None = None) -> M3PORunner:
+    """A run that saves after every iteration."""
+    torch.manual_seed(1)
+    cfg = runner_cfg() | {"save_interval": 1, "keep_checkpoints": 2}
+    return M3PORunner(PointEnv(16), cfg, str(folder), "cpu", stop=stop)
+
+
+def train_until_killed(folder: Path, first: int) -> None:
+    """The child: go on from the newest checkpoint, if there is one."""
+    os.dup2(os.open(folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    runner = make_runner(folder)
+    if first:
+        runner.resume(str(read_newest(folder)[0]))
+    runner.learn(10_000)
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_process_killed_at_random_moments_never_leaves_an_unreadable_checkpoint(tmp_path):
+    """50 times SIGKILL, at any moment of rollouts, updates and writes."""
+    rng, context = random.Random(0), multiprocessing.get_context("fork")
+    iterations, during_a_write, kills = 0, 0, 50
+    for _ in range(kills):
+        child = context.Process(target=train_until_killed, args=(tmp_path, iterations))
+        child.start()
+        deadline = time.monotonic() + 60
+        newest = (tmp_path / LAST).stat().st_mtime_ns if iterations else 0
+        while not (tmp_path / LAST).exists() or (tmp_path / LAST).stat().st_mtime_ns == newest:
+            assert child.is_alive(), (tmp_path / "output.log").read_text()[-2000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0.0, 0.15))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        during_a_write += bool(list(tmp_path.glob(f".{LAST}.*.tmp")))
+        content = read_checkpoint(tmp_path / LAST)  # raises if it is not readable
+        assert content["iter"] >= iterations
+        assert content["resume"]["algorithm"]["ring"]["size"] > 0
+        for path in tmp_path.glob("model_*.pt"):
+            read_checkpoint(path)
+        iterations = content["iter"] + 1
+    assert during_a_write > 0, "no kill hit a write: the test tests nothing"
+    runner = make_runner(tmp_path)
+    runner.resume(str(tmp_path / LAST))
+    with open(tmp_path / "progress.csv", encoding="utf-8") as file:
+        assert [int(row["iteration"]) for row in csv.DictReader(file)] == list(range(iterations))
+    assert not list(tmp_path.glob(".*.tmp"))
+    print(f"{kills} kills, {during_a_write} during a write, {iterations} iterations")
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from m3po.cli.training import train
+from m3po.stopping import StopSignals
+from test_nothing_lost import make_runner
+folder, resumed = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
+stop = StopSignals()
+with stop.caught():
+    runner = make_runner(folder, stop)
+    runner.cfg["save_interval"] = 10**9
+    step = runner.env.step
+    runner.env.step = lambda actions: (time.sleep(0.02), step(actions))[1]
+    sys.exit(train(runner, 100_000, resumed, True))
+"""
+
+
+def start_script(*arguments: object) -> subprocess.Popen:
+    """A training in a process of its own; returns in the midst of its third iteration."""
+    path = os.pathsep.join([str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    seen = 0
+    for line in process.stdout:
+        seen += "Iteration " in line
+        if seen == 2:
+            return process
+    raise AssertionError(process.wait())
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (signal.SIGTERM, 75, "stopped by SIGTERM; saved"),
+        (signal.SIGUSR1, 75, "stopped by SIGUSR1; saved"),
+        (signal.SIGINT, 130, "interrupted; saved"),
+    ],
+)
+def test_signals_finish_the_iteration_save_and_exit_with_a_distinct_code(number, code, words, tmp_path):
+    process = start_script(tmp_path)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    assert f"[m3po] {number.name}: finishing the iteration, then saving" in output
+    assert f"[m3po] {words} {tmp_path / LAST}" in output
+    assert "Traceback" not in output
+    content = read_checkpoint(tmp_path / LAST)
+    with open(tmp_path / "progress.csv", encoding="utf-8") as file:
+        assert int(list(csv.DictReader(file))[-1]["iteration"]) == content["iter"] >= 1
+    assert content["resume"]["environment"] is not None
+
+    if number == signal.SIGTERM:  # and it goes on
+        process = start_script(tmp_path, tmp_path / LAST)
+        process.send_signal(number)
+        assert process.wait(60) == 75
+        assert read_checkpoint(tmp_path / LAST)["iter"] > content["iter"]
+
+
+def test_a_second_signal_exits_at_once(tmp_path):
+    process = start_script(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    for line in process.stdout:
+        if "finishing the iteration" in line:
+            break
+    start = time.monotonic()
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == -signal.SIGUSR1
+    assert time.monotonic() - start < 0.15  # an iteration takes longer than 8 x 0.02 s
+    process.stdout.close()
+    assert not (tmp_path / LAST).exists()
+
+
+def test_a_signal_before_the_first_iteration_has_nothing_to_save(tmp_path, capsys):
+    stop = StopSignals()
+    runner = make_runner(tmp_path, stop)
+    runner.learn = lambda *_: (_ for _ in ()).throw(Stop(signal.SIGTERM))
+    assert train(runner, 5, None, False) == SAVED
+    assert "stopped by SIGTERM; nothing was learnt yet" in capsys.readouterr().out
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with StopSignals().caught():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+@pytest.fixture
+def full_disk():
+    """A limit on the size of files that this process writes: what a full disk does, to the writer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, capsys, full_disk):
+    runner = make_runner(tmp_path)
+    runner.learn(1)
+    before = (tmp_path / LAST).read_bytes()
+    runner.current_learning_iteration = 1
+    full_disk(40_000)
+    checkpoint = runner._checkpoint
+    runner._checkpoint = lambda it, last: checkpoint(it, last=False)
+    runner.learn(2)
+    full_disk(None)
+    output = capsys.readouterr().out
+    assert output.count("could not be written: File too large. Training goes on") == 2
+    assert (tmp_path / LAST).read_bytes() == before
+    assert [path.name for path in tmp_path.glob("model_*.pt")] in (["model_0.pt", LAST], [LAST, "model_0.pt"])
+    assert not list(tmp_path.glob(".*.tmp"))
+    runner._checkpoint = checkpoint
+    runner.current_learning_iteration = 3
+    runner.learn(1)  # there is room again
+    assert read_newest(tmp_path)[1]["iter"] == 3
+
+
+def test_the_last_checkpoint_must_be_written(tmp_path, full_disk):
+    runner = make_runner(tmp_path)
+    full_disk(40_000)
+    with pytest.raises(CheckpointError, match=r"model_0.pt' could not be written: File too large"):
+        runner.learn(1)
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    """Root may write read-only folders; one that is gone is refused to everybody."""
+    with pytest.raises(CheckpointError, match="could not be written: No such file or directory"):
+        write_checkpoint(tmp_path / "gone" / LAST, {"actor_state_dict": {}})
+
+
+def test_a_read_only_folder_leaves_the_checkpoint_before(tmp_path):
+    """As another user where this one is root, whom no permission stops."""
+    make_runner(tmp_path).learn(1)
+    content = read_checkpoint(tmp_path / LAST)
+    with tempfile.TemporaryDirectory() as name:  # not below tmp_path, which others may not even enter
+        path = Path(name) / LAST
+        write_checkpoint(path, content)
+        before = path.read_bytes()
+        Path(name).chmod(0o555)
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                if os.geteuid() == 0:
+                    os.seteuid(65534)
+                write_checkpoint(path, content)
+            except CheckpointError as error:
+                os.write(writer, str(error).encode())
+            os._exit(0)
+        os.close(writer)
+        os.waitpid(pid, 0)
+        message = os.read(reader, 1000).decode()
+        os.close(reader)
+        Path(name).chmod(0o755)
+        assert "could not be written: Permission denied" in message
+        assert path.read_bytes() == before
