@@ -25,6 +25,17 @@ MODEL_SIZES: dict[str, tuple[int, int, int]] = {
 """World-model sizes: latent dimensions, hidden width of the heads, hidden width of the encoder."""
 
 
+QUARANTINE_SHARE = 0.5
+"""Default of ``agent.quarantine_share``: a run stops, with a checkpoint, when more than this share of its environments
+gave values that are not finite within one rollout. In [0, 1]; 1 never stops it."""
+
+
+def check_quarantine_share(share: float) -> None:
+    """Raise ``ValueError`` unless ``quarantine_share`` is a share."""
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"quarantine_share must lie in [0, 1], got {share}.")
+
+
 @dataclass
 class WorldModelCfg:
     """The implicit latent world model and its training."""
@@ -237,6 +248,10 @@ class AlgorithmCfg:
     advantage: str = "gae"
     """``gae``, or ``vtrace`` for a planner without a trust region."""
 
+    restore_after: int = 5
+    """Gradient steps in a row that were skipped, because they were not finite, after which policy and critic, or the
+    world model, go back to their last good state."""
+
     distill_coef: float = 0.4
     """Weight of the regression of the prior's mean onto the planner's, where the plan is predicted to be better."""
 
@@ -331,6 +346,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("world_model.horizon", wm.horizon),
         ("world_model.batch_size", wm.batch_size),
         ("world_model.extra_iterations", wm.extra_iterations),
+        ("restore_after", cfg.restore_after),
     )
     for name, value in at_least_one:
         require(value >= 1, f"{name} must be at least 1, got {value}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3po.config import AlgorithmCfg, BonusCfg, PlannerCfg, WorldModelCfg
+from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, BonusCfg, PlannerCfg, WorldModelCfg
 
 
 def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
@@ -133,6 +133,7 @@ def suite_runner_cfg(multi_task: bool, device: str, mode: str, algo: str) -> dic
         "max_iterations": 250,
         "save_interval": 50,
         "check_for_nan": True,
+        "quarantine_share": QUARANTINE_SHARE,
         "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
         "actor": {**network, "distribution_cfg": noise},
         "critic": dict(network),

@@ -20,6 +20,7 @@ from isaaclab.utils import configclass
 from isaaclab_rl.rsl_rl import RslRlOnPolicyRunnerCfg
 
 from m3po.config import (
+    QUARANTINE_SHARE,
     AlgorithmCfg,
     BonusCfg,
     PlannerCfg,
@@ -121,6 +122,9 @@ class M3PORunnerCfg(RslRlOnPolicyRunnerCfg):
 
     algorithm: M3POAlgorithmCfg = M3POAlgorithmCfg()
     """The algorithm's configuration."""
+
+    quarantine_share: float = QUARANTINE_SHARE
+    """Share of the environments that may give values that are not finite within one rollout before the run stops."""
 
 
 def set_device(device: str) -> None:

@@ -278,6 +278,10 @@ class HeterogeneousVecEnv(VecEnv):
             extras["final_obs"] = self._with_task(extras["final_obs"])
         return self._with_task(obs), rewards, dones, extras
 
+    def reset_envs(self, ids: torch.Tensor) -> TensorDict:
+        """Start new episodes in some environments, (n,); returns the observations of all."""
+        return self._with_task(self.env.reset_envs(ids))
+
     def close(self) -> None:
         """Close the scene."""
         self.env.close()

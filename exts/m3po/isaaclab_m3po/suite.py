@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rsl_rl.env import VecEnv
@@ -56,7 +56,9 @@ class IsaacLabSuite:
         return TaskInfo(task, None, None, math.ceil(cfg.episode_length_s / (cfg.sim.dt * cfg.decimation)))
 
     @contextlib.contextmanager
-    def make(self, task: str, num_envs: int, *, seed: int, device: str, **options: Any) -> Iterator[VecEnv]:
+    def make(
+        self, task: str, num_envs: int, *, seed: int, device: str, overrides: Sequence[str] = (), **options: Any
+    ) -> Iterator[VecEnv]:
         """Simulate a task; the simulation ends with the context.
 
         Args:
@@ -64,6 +66,7 @@ class IsaacLabSuite:
             num_envs: Environments.
             seed: Seed.
             device: Torch device.
+            overrides: Overrides of the environment's configuration, as typed: ``env.FIELD=VALUE``.
             **options: ``assets``: where the robots come from, as ``--assets``.
         """
         from . import launch
@@ -72,7 +75,8 @@ class IsaacLabSuite:
         launch.add_common_arguments(parser)
         choices = {"--task": task, "--num_envs": num_envs, "--seed": seed, "--device": device}
         choices |= {f"--{name}": value for name, value in options.items()}
-        job = launch.prepare(launch.parse(parser, [str(part) for choice in choices.items() for part in choice]))
+        argv = [str(part) for choice in choices.items() for part in choice]
+        job = launch.prepare(launch.parse(parser, [*argv, *overrides]))
         job.env_cfg.compute_final_obs = True
         with launch.environment(job) as env:
             if getattr(env, "num_tasks", 1) > 1:

@@ -1,15 +1,17 @@
-"""Isaac Lab's environments behind rsl_rl's interface, with what survives the end of a process."""
+"""Isaac Lab's environments behind rsl_rl's interface, with what resuming and the quarantine ask for besides."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
+from tensordict import TensorDict
 
 
 class IsaacVecEnv(RslRlVecEnvWrapper):
-    """A wrapper whose curricula go on when a run is resumed.
+    """A wrapper whose curricula go on when a run is resumed, and whose environments can be reset one by one.
 
     The episodes themselves do not: Isaac Lab tells poses and velocities, but not what solvers, managers and commands
     remember, and an episode restored by half would hand out wrong rewards.
@@ -33,6 +35,54 @@ class IsaacVecEnv(RslRlVecEnvWrapper):
         with torch.inference_mode():
             self.reset()
         return False
+
+    def reset_envs(self, ids: torch.Tensor) -> TensorDict:
+        """Start new episodes in some environments, (n,), int64; returns the observations of all.
+
+        An observation with a history shows zeros for the past until the next step.
+        """
+        env = self.unwrapped
+        if hasattr(env, "env"):  # a multi-agent environment seen as one of a single agent
+            return self.get_observations()
+        log = env.extras.get("log")
+        env._reset_idx(ids.to(env.device, torch.int32))
+        env.extras["log"] = log or {}  # the episodes that end here are not to be counted, and hold what is not finite
+        return self._observe(ids)
+
+    def get_state(self) -> dict[str, torch.Tensor]:
+        """Poses, velocities and joints of everything in the scene, (N, ...) each, positions relative to the origins."""
+        state = self.unwrapped.scene.get_state(is_relative=True)
+        return {
+            f"{kind}/{name}/{part}": value
+            for kind, assets in state.items()
+            for name, parts in assets.items()
+            for part, value in parts.items()
+        }
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> TensorDict:
+        """Put all environments into the states of :meth:`get_state`, for a replay; returns the observations."""
+        env = self.unwrapped
+        ids = torch.arange(self.num_envs, device=env.device)
+        nested = env.scene.get_state(is_relative=True)
+        for name, value in state.items():
+            kind, asset, part = name.split("/")
+            nested[kind][asset][part] = value.to(env.device)
+        env.scene.reset_to(nested, ids.int(), is_relative=True)
+        return self._observe(ids)
+
+    def _observe(self, ids: torch.Tensor) -> TensorDict:
+        """Bring the kinematics up to date, and take new observations of some environments into those of all."""
+        env = self.unwrapped
+        env.scene.write_data_to_sim()
+        env.sim.forward()
+        manager = getattr(env, "observation_manager", None)
+        fresh = env._compute_observations() if manager is None else manager.compute()
+        rows = torch.zeros(self.num_envs, dtype=torch.bool, device=env.device).index_fill(0, ids.long(), True)
+        env.obs_buf = {
+            group: torch.where(rows.view(-1, *[1] * (value.dim() - 1)), value, env.obs_buf[group])
+            for group, value in fresh.items()
+        }
+        return self.get_observations()
 
     def _terrain(self) -> Any:
         """The terrain importer of a terrain with levels, if there is one."""

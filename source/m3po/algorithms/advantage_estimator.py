@@ -66,6 +66,8 @@ class AdvantageEstimator:
             Deviation of the advantages of each task before they were standardised, reward units, (K,).
         """
         st, cfg = rollout, self.cfg
+        if st.any_lost:
+            st.repair_lost()
         if cfg.normalize_values:
             kept = ~st.lost.flatten()
             self.rewards.update(st.rewards.flatten()[kept], st.terminated.flatten()[kept], st.task.flatten()[kept])

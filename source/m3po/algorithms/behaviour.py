@@ -13,8 +13,9 @@ from m3po.algorithms.tasks import Tasks
 from m3po.config import PlannerCfg, planner_at
 from m3po.models import WorldModel
 from m3po.models.task_policy import task_of
-from m3po.planning import Imagination, MPPIPlanner
+from m3po.planning import Imagination, MPPIPlanner, Plan
 from m3po.planning.trust_region import draw_elite, gaussian_log_prob
+from m3po.text import listed
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Behaviour:
         self.imagination = Imagination(model, cfg, tasks.discounts)
         self.generator = torch.Generator(device=tasks.ids.device).manual_seed(seed)
         self.step = 0
+        self._fallbacks, self._plans = torch.zeros_like(tasks.ids), 0
         self._rows = [(tasks.ids == k).nonzero().squeeze(-1) for k in range(tasks.count)]
         self._first = [0] * tasks.count
         open_gate = cfg.min_skill is None and cfg.min_reward_ev is None
@@ -119,6 +121,9 @@ class Behaviour:
         mu, sigma, task = prior.mean[ids], prior.std[ids], self.tasks.ids[ids]
         z = self.model.encode(self.encode_obs(obs)[ids], task)
         plan = self.planner.plan(z, mu, sigma, task, ids, self.step, self._mask(task))
+        plan, usable = _usable(plan, mu, sigma)
+        self._fallbacks.index_add_(0, ids, (~usable).long())
+        self._plans += len(ids)
         if self.cfg.execution == "projected":
             m = self._accept(plan.gain, mu, plan.projected)
             # The prior's own draw is kept, only its mean moves: zero iterations change nothing, bit for bit.
@@ -127,6 +132,8 @@ class Behaviour:
         else:
             action, log_beta = draw_elite(plan, self.generator)
             m, excess = plan.mean, log_beta - gaussian_log_prob(action, mu, sigma)
+            action = torch.where(usable.unsqueeze(-1), action, prior.actions[ids])
+            excess = torch.where(usable, excess, 0.0)
         actions = prior.actions.index_copy(0, ids, action)
         log_pi = self.actor.get_output_log_prob(actions).detach()
         return Decision(
@@ -135,10 +142,21 @@ class Behaviour:
             std=prior.std,
             plan_mean=prior.mean.index_copy(0, ids, m),
             plan_gain=prior.plan_gain.index_copy(0, ids, plan.gain),
-            planned=prior.planned.index_fill(0, ids, True),
+            planned=prior.planned.index_copy(0, ids, usable),
             log_pi=log_pi,
             log_beta=log_pi.index_add(0, ids, excess),
         )
+
+    def read_fallbacks(self) -> float:
+        """Share of the plans since the last call that were not finite and gave way to the prior; names them if any."""
+        times, plans = self._fallbacks.tolist(), max(1, self._plans)
+        self._fallbacks.zero_()
+        self._plans = 0
+        environments = [index for index, count in enumerate(times) if count]
+        if environments:
+            share = f"{sum(times)} of {plans} plans were not finite"
+            print(f"[m3po] planner: {share}, so the prior acted; {listed(environments)}", flush=True)
+        return sum(times) / plans
 
     def rotate(self) -> None:
         """Move on to the next share of the environments of each task; called once per rollout, after :meth:`gate`."""
@@ -187,6 +205,7 @@ class Behaviour:
             z = self.model.encode(self.encode_obs(obs), task)
             plan = self.planner.plan(z, mu, sigma, task, ids, step, self._mask(task))
             step += 1
+            plan, _ = _usable(plan, mu, sigma)
             if self.cfg.execution == "mppi":
                 return plan.mean
             return self._accept(plan.gain, mu, plan.projected)
@@ -197,3 +216,28 @@ class Behaviour:
     def _accept(gain: torch.Tensor, mu: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         """The plan, or the prior where the model itself ranks the plan below it."""
         return torch.where((gain > 0).unsqueeze(-1), m, mu)
+
+
+def _usable(plan: Plan, mu: torch.Tensor, sigma: torch.Tensor) -> tuple[Plan, torch.Tensor]:
+    """Replace plans that are not finite, because the model's predictions were not, by the prior.
+
+    Args:
+        plan: The plans.
+        mu: Mean of the prior, (n, A).
+        sigma: Deviation of the prior, (n, A).
+
+    Returns:
+        The plans, and where they were finite, (n,), boolean.
+    """
+    actions = torch.stack((plan.mean, plan.projected, plan.std))
+    usable = plan.gain.isfinite() & actions.isfinite().all(0).all(-1)
+    row = usable.unsqueeze(-1)
+    plan = Plan(
+        mean=torch.where(row, plan.mean, mu),
+        projected=torch.where(row, plan.projected, mu),
+        gain=torch.where(usable, plan.gain, 0.0),
+        candidates=plan.candidates,  # as they are: what is drawn among them is not used
+        weights=torch.where(row, plan.weights, 1.0),  # or the draw would fail
+        std=torch.where(row, plan.std, sigma),
+    )
+    return plan, usable

@@ -11,7 +11,7 @@ from rsl_rl.utils import resolve_class, resolve_obs_groups
 from tensordict import TensorDict
 
 from m3po.algorithms.tasks import Tasks
-from m3po.config import AlgorithmCfg, from_dict, validate
+from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, check_quarantine_share, from_dict, validate
 from m3po.errors import UserError
 from m3po.models import WorldModel
 from m3po.models.task_policy import TaskMLPModel
@@ -26,9 +26,17 @@ def parse_algorithm_cfg(values: dict[str, Any]) -> AlgorithmCfg:
         raise UserError(str(error)) from error
 
 
-def check_cfg(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str, action_dim: int = 1) -> None:
-    """:func:`m3po.config.validate`, and that the planner's memory is there, as a ``UserError``."""
+def check_cfg(
+    cfg: AlgorithmCfg,
+    num_envs: int,
+    num_steps: int,
+    device: str,
+    action_dim: int = 1,
+    share: float = QUARANTINE_SHARE,
+) -> None:
+    """:func:`m3po.config.validate`, the runner's share, and that the planner's memory is there, as a ``UserError``."""
     try:
+        check_quarantine_share(share)
         validate(cfg, num_envs, num_steps, device)
         check_memory(num_envs, action_dim, cfg.planner, cfg.world_model, device)
     except ValueError as error:

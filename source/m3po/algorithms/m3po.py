@@ -77,8 +77,9 @@ class M3PO:
         self.ring = RolloutRing(storage, num_rollouts, seed)
         self.policy_learner = PolicyLearner(actor, critic, cfg, self.estimator.units)
         self.model_learner = ModelLearner(
-            model, self.model_obs, self._policy, self.estimator.values, self.tasks.action_mask
+            model, self.model_obs, self._policy, self.estimator.values, self.tasks.action_mask, cfg.restore_after
         )
+        self._guards = (self.policy_learner.guard, self.model_learner.guard)
         model_steps = cfg.world_model.steps_per_iteration + cfg.world_model.extra_steps
         self.learns_model = model_steps > 0
         self.stopwatch = Stopwatch(device)
@@ -162,6 +163,8 @@ class M3PO:
         else:
             self._update_statistics()
         metrics["policy/clipped_share"] = losses.pop("clipped_share")
+        skipped, restored = zip(*(guard.read() for guard in self._guards), strict=True)
+        metrics["robust/skipped_steps"], metrics["robust/restored"] = float(sum(skipped)), float(sum(restored))
         self.metrics = metrics
         self.iteration += 1
         self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
@@ -184,6 +187,7 @@ class M3PO:
             "planner/share": planned.float().mean().item(),
             "planner/kl": ((kl * planned).sum() / count).item(),
             "planner/gain": ((st.plan_gain * planned).sum() / count).item(),
+            "planner/fallback": self.behaviour.read_fallbacks(),
             "planner/accepted": (((st.plan_gain > 0) & planned).sum() / count).item(),
             "policy/effective_sample_size": (rho.sum().square() / rho.square().sum() / rho.numel()).item(),
             "policy/value_ev": value_ev.mean().item(),
@@ -219,12 +223,17 @@ class M3PO:
         """Normalisers, frozen until here, learn from the rollout; the model trains on the new statistics next."""
         st = self.storage
         flat, task = st.obs.flatten(0, 1), st.task.flatten()
+        rewards, terminated = st.rewards.flatten(), st.terminated.flatten()
+        if st.any_lost:  # an environment that cannot be reset shows zeros meanwhile
+            kept = ~st.lost.flatten()
+            if not kept.any():
+                return
+            flat, task, rewards, terminated = flat[kept], task[kept], rewards[kept], terminated[kept]
         self.actor.update_normalization(flat)
         self.critic.update_normalization(flat)
         if self.learns_model:
-            kept = ~st.lost.flatten()
             self.model.obs_normalizer.update(self.model_obs(flat), task)
-            self.model.rewards.update(st.rewards.flatten()[kept], st.terminated.flatten()[kept], task[kept])
+            self.model.rewards.update(rewards, terminated, task)
 
     def _policy(self, obs: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of the policy prior in observations with batch size (B,), (B, A) each. Draws nothing."""
@@ -302,6 +311,8 @@ class M3PO:
             self.actor.load_state_dict(loaded_dict["actor_state_dict"], strict=strict)
             self.model.load_state_dict(loaded_dict["world_model_state_dict"], strict=strict)
             self.behaviour.imagination.model_changed()
+        for guard in self._guards:
+            guard.forget()
         if load_cfg.get("critic"):
             self.critic.load_state_dict(loaded_dict["critic_state_dict"], strict=strict)
             if self.cfg.normalize_values:
@@ -319,8 +330,12 @@ class M3PO:
         return load_cfg.get("iteration", False)
 
     def resume_state(self) -> dict[str, Any]:
-        """What an exact continuation needs besides :meth:`save`: the ring and the streams of random numbers."""
-        return {"ring": self.ring.state_dict(), "behaviour_generator": self.behaviour.generator.get_state()}
+        """What an exact continuation needs besides :meth:`save`: ring, random numbers, scales of the learning rates."""
+        return {
+            "ring": self.ring.state_dict(),
+            "behaviour_generator": self.behaviour.generator.get_state(),
+            "guards": [guard.state() for guard in self._guards],
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`resume_state`, after :meth:`load`.
@@ -330,6 +345,8 @@ class M3PO:
         """
         self.ring.load_state_dict(state["ring"])
         self.behaviour.generator.set_state(state["behaviour_generator"].cpu())
+        for guard, part in zip(self._guards, state["guards"], strict=True):
+            guard.load_state(part)
 
     def broadcast_parameters(self) -> None:
         """Send all parameters of rank 0 to the other ranks."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from tensordict import TensorDict
 
+from m3po.algorithms.step_guard import StepGuard
 from m3po.models import WorldModel
 from m3po.models.world_model import balanced_bce
 from m3po.storage import RolloutRing, Sequences
@@ -24,6 +25,7 @@ class ModelLearner:
         policy: Callable[[TensorDict], tuple[torch.Tensor, torch.Tensor]],
         critic: Callable[[TensorDict, torch.Tensor], torch.Tensor],
         action_mask: torch.Tensor,
+        restore_after: int = 5,
     ) -> None:
         """Bind the learner to a model and to the networks it follows.
 
@@ -33,6 +35,7 @@ class ModelLearner:
             policy: Observations -> mean and deviation of the current policy, (B, A) each.
             critic: Observations and tasks (B,) -> value of the current critic, (B,), reward units.
             action_mask: Action dimensions that each task has, (K, A), boolean.
+            restore_after: Skipped steps in a row after which the last good state is restored.
         """
         self.model = model
         self.flatten_obs = flatten_obs
@@ -40,6 +43,7 @@ class ModelLearner:
         self.critic = critic
         self.action_mask = action_mask
         self.optimizer = torch.optim.Adam(model.parameter_groups(), eps=1e-5, fused=True)
+        self.guard = StepGuard("world model", self.optimizer, (model,), restore_after)
 
     def train(self, ring: RolloutRing, iteration: int) -> dict[str, float]:
         """Take the gradient steps of an iteration, counted from 0. Returns the mean of each loss term."""
@@ -47,12 +51,13 @@ class ModelLearner:
         sums: dict[str, torch.Tensor] = {}
         extra = max(0.0, 1.0 - iteration / cfg.extra_iterations)
         num_steps = cfg.steps_per_iteration + round(cfg.extra_steps * extra)
+        self.guard.begin()
         for _ in range(num_steps):
             losses = self.losses(ring.sample(cfg.batch_size, cfg.horizon))
             self.optimizer.zero_grad(set_to_none=True)
-            self.total(losses).backward()
+            self.guard.backward(self.total(losses))
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.max_grad_norm)
-            self.optimizer.step()
+            self.guard.step(norm)
             for name, loss in {**losses, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach()
         return {name: (total / num_steps).item() for name, total in sums.items()}

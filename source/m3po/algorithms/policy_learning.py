@@ -10,6 +10,7 @@ from rsl_rl.models import MLPModel
 from torch import nn
 
 from m3po.algorithms.policy_loss import distillation_loss, surrogate_loss, value_loss
+from m3po.algorithms.step_guard import StepGuard
 from m3po.config import AlgorithmCfg
 from m3po.storage import RolloutStorage
 
@@ -39,6 +40,7 @@ class PolicyLearner:
         known = {id(p) for p in policy}
         groups = [policy, [p for p in critic.parameters() if id(p) not in known]]
         self.optimizer = torch.optim.Adam([{"params": g, "lr": cfg.learning_rate} for g in groups], fused=True)
+        self.guard = StepGuard("policy", self.optimizer, (actor, critic), cfg.restore_after)
         self._set_learning_rate(cfg.learning_rate)
 
     def train(self, rollout: RolloutStorage) -> dict[str, float]:
@@ -46,16 +48,16 @@ class PolicyLearner:
         cfg = self.cfg
         sums: dict[str, float] = {}
         updates = cfg.num_learning_epochs * cfg.num_mini_batches
+        self.guard.begin()
         for i, batch in enumerate(rollout.mini_batches(cfg.num_mini_batches, cfg.num_learning_epochs)):
             terms, clipped = self._losses(batch)
             loss = terms["surrogate"] + cfg.value_loss_coef * terms["value"] - cfg.entropy_coef * terms["entropy"]
             if cfg.distill_coef > 0.0:
                 loss = loss + cfg.distill_coef * terms["distillation"]
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.actor.parameters(), cfg.max_grad_norm)
-            nn.utils.clip_grad_norm_(self.critic.parameters(), cfg.max_grad_norm)
-            self.optimizer.step()
+            self.guard.backward(loss)
+            networks = (self.actor, self.critic)
+            self.guard.step(*(nn.utils.clip_grad_norm_(x.parameters(), cfg.max_grad_norm) for x in networks))
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item() / updates
             if i < cfg.num_mini_batches:

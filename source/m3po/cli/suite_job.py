@@ -154,7 +154,7 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
         key, text = token.split("=", 1)
         assign(train_cfg, key.removeprefix("agent."), parse_value(text), "agent")
     algorithm: AlgorithmCfg = train_cfg["algorithm"]
-    check_cfg(algorithm, sum(sizes), train_cfg["num_steps_per_env"], device)
+    check_cfg(algorithm, sum(sizes), train_cfg["num_steps_per_env"], device, share=train_cfg["quarantine_share"])
     train_cfg["algorithm"] = dataclasses.asdict(algorithm) | {"class_name": "m3po.algorithms:M3PO"}
     return SuiteJob(args, rest, infos, sizes, device, seed, multi_task, train_cfg)
 

@@ -183,6 +183,11 @@ class ProcessMember(VecEnv):
         self._call("reset", self._slot)
         return self.get_observations(), {}
 
+    def reset_envs(self, ids: torch.Tensor) -> TensorDict:
+        """Reset some environments, (n,), int64, if they can; returns the observations of all."""
+        self._call("reset_envs", (self._slot, ids.tolist()))
+        return self.get_observations()
+
     def step(self, actions: torch.Tensor) -> tuple[TensorDict, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Step all environments.
 

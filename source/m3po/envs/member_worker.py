@@ -110,6 +110,12 @@ class _Worker:
         """Reset all environments."""
         self._write_obs(slot, self.env.reset()[0])
 
+    def reset_envs(self, slot_and_ids: tuple[int, list[int]]) -> None:
+        """Reset some environments, where these offer it."""
+        slot, ids = slot_and_ids
+        if hasattr(self.env, "reset_envs"):
+            self._write_obs(slot, self.env.reset_envs(torch.tensor(ids, device=self.env.device)))
+
     def state_dict(self, _: None) -> dict[str, Any] | None:
         """The environments' own state, where they tell it."""
         return self.env.state_dict() if hasattr(self.env, "state_dict") else None

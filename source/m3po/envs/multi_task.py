@@ -132,6 +132,23 @@ class MultiTaskVecEnv(VecEnv):
             self._obs = self._pad([env.reset()[0]["policy"] for env in self._envs])
         return self.get_observations(), {}
 
+    def reset_envs(self, ids: torch.Tensor) -> TensorDict:
+        """Reset some environments, (n,), int64; those of members that cannot do it stay as they are.
+
+        Returns:
+            The observations of all.
+        """
+        policy = self._obs.clone()  # what was padded is still in use
+        with self._closed_on_failure():
+            for env, rows, dim in zip(self._envs, self._rows, self.obs_dims, strict=True):
+                own = ids[(ids >= rows.start) & (ids < rows.stop)]
+                if len(own) and hasattr(env, "reset_envs"):
+                    local = own - rows.start
+                    after = env.reset_envs(local.to(env.device))["policy"].to(self.device)
+                    policy[own, :dim] = after[local]
+        self._obs = policy
+        return self.get_observations()
+
     def step(self, actions: torch.Tensor) -> Result:
         """Step all members at the same time.
 

@@ -43,7 +43,8 @@ class TwoHot(nn.Module):
     def _position(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Index of the bin below a scalar, and the weight of the bin above it; shapes of ``x``."""
         position = (symlog(x).clamp(self.low, self.high) - self.low) / self.step
-        lower = position.floor().clamp(max=self.num_bins - 2).long()
+        # NaN must come out as NaN: as an index it would end the process on a GPU.
+        lower = position.nan_to_num(0.0).floor().clamp(max=self.num_bins - 2).long()
         return lower, position - lower
 
     def decode(self, logits: torch.Tensor) -> torch.Tensor:

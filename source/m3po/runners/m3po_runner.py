@@ -12,23 +12,24 @@ from typing import Any, Protocol
 import torch
 from rsl_rl.env import VecEnv
 from rsl_rl.runners import OnPolicyRunner
-from rsl_rl.utils import check_nan
 from tensordict import TensorDict
 
 from m3po.algorithms import M3PO
-from m3po.errors import CheckpointError, UserError
+from m3po.errors import CheckpointError, M3POError, UserError
 from m3po.runners.checkpoint import (
     BEST,
     FORMAT,
     LAST,
     check_compatible,
     check_shapes,
+    network_states,
     numbered,
     read_checkpoint,
     write_checkpoint,
 )
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
+from m3po.runners.quarantine import Quarantine
 from m3po.runners.random_state import random_state, restore_random_state
 from m3po.runners.reporting import Reporter, console_block
 from m3po.runners.run_folder import rewind
@@ -92,6 +93,7 @@ class M3PORunner(OnPolicyRunner):
         self.evaluator = evaluator
         self.stop = stop or StopSignals()
         self.reporter = Reporter(log_dir)
+        self.quarantine = Quarantine(self.env, self.cfg, log_dir, self.device)
         self.statistics = EpisodeStatistics.of(env, device)
         self.best_return = float("-inf")
         self.env_steps, self.seconds = 0, 0.0
@@ -120,7 +122,7 @@ class M3PORunner(OnPolicyRunner):
                 ).long()
             else:
                 self.env.episode_length_buf = torch.randint_like(steps, high=int(self.env.max_episode_length))
-        obs = self.env.get_observations().to(self.device)
+        obs = self.quarantine.first(self.env.get_observations().to(self.device))
         self.alg.train_mode()
         watch = getattr(self.alg, "stopwatch", Stopwatch(self.device))
         first = self.current_learning_iteration
@@ -137,7 +139,7 @@ class M3PORunner(OnPolicyRunner):
         with self.stop.deferred():
             for it in range(first, total):
                 obs, row, losses = self._iteration(it, obs, watch)
-                metrics = getattr(self.alg, "metrics", {})
+                metrics = getattr(self.alg, "metrics", {}) | self.quarantine.metrics
                 self.reporter.report(row, losses, metrics)
                 eta = (self.seconds - start_seconds) / (it + 1 - first) * (total - it - 1)
                 print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
@@ -156,6 +158,9 @@ class M3PORunner(OnPolicyRunner):
             for _ in range(self.cfg["num_steps_per_env"]):
                 obs = self._step(obs, self.statistics, watch)
             collected = time.perf_counter()
+            self.quarantine.close_rollout()
+            if self.quarantine.exceeded:
+                self._give_up()
             self.alg.compute_returns(obs)
         losses = self.alg.update()
         end = time.perf_counter()
@@ -163,20 +168,35 @@ class M3PORunner(OnPolicyRunner):
         self.seconds += end - begin
         self.env_steps += self.env.num_envs * self.cfg["num_steps_per_env"]
         self.current_learning_iteration = it
-        return obs, self._row(it, self.statistics, watch, collected - begin, end - collected), losses
+        row = self._row(it, self.statistics, watch, collected - begin, end - collected)
+        return obs, row | self.quarantine.task_metrics, losses
 
     def _step(self, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch) -> TensorDict:
         """One step of all environments. Returns the next observations."""
         with watch.section("act"):
-            actions = self.alg.act(obs)
+            actions = self.quarantine.before(self.alg.act(obs))
         with watch.section("physics"):
-            obs, rewards, dones, extras = self.env.step(actions.to(self.env.device))
-        if self.cfg.get("check_for_nan", True):
-            check_nan(obs, rewards, dones)
-        obs, rewards, dones = obs.to(self.device), rewards.to(self.device), dones.to(self.device)
+            next_obs, rewards, dones, extras = self.env.step(actions.to(self.env.device))
+        answer = next_obs.to(self.device), rewards.to(self.device), dones.to(self.device), extras
+        obs, rewards, dones, extras = self.quarantine.after(obs, answer)
         self.alg.process_env_step(obs, rewards, dones, extras)
         statistics.add(rewards, dones, extras)
         return obs
+
+    def _give_up(self) -> None:
+        """Stop a run whose environments are mostly in quarantine, with a checkpoint if what is learnt is finite."""
+        quarantine, saved = self.quarantine, "nothing was saved"
+        tensors = [x for _, state in network_states(self.alg.save()) for x in state.values()]
+        if not all(x.isfinite().all() for x in tensors):
+            saved += ", because the networks are not finite either: continue from an earlier checkpoint"
+        elif self.log_dir is not None:
+            path = os.path.join(self.log_dir, LAST)
+            self.save(path)
+            saved = f"saved {path}"
+        raise M3POError(
+            f"{quarantine.affected:.1%} of the environments gave values that are not finite within one rollout, more "
+            f"than agent.quarantine_share={quarantine.share:g} allows; {saved}."
+        )
 
     def _row(
         self, it: int, statistics: EpisodeStatistics, watch: Stopwatch, collect: float, update: float

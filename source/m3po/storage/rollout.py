@@ -101,6 +101,13 @@ class RolloutStorage:
             self.any_lost = True
         self.step += 1
 
+    def repair_lost(self) -> None:
+        """Make what lost steps hold finite, even where networks gave something else: masks multiply, and NaN stays."""
+        for name in ("actions", "mean", "std", "plan_mean", "values", "log_pi", "log_beta", "plan_gain"):
+            field = getattr(self, name)
+            lost = self.lost.view(*self.lost.shape, *[1] * (field.dim() - 2))
+            field.masked_fill_(lost & ~field.isfinite(), 1.0 if name == "std" else 0.0)
+
     def clear(self) -> None:
         """Start the next rollout."""
         if self.any_lost:

@@ -75,6 +75,11 @@ class MjcfVecEnv(VecEnv):
         self._obs = self._restart(torch.arange(self.num_envs, device=self.device))
         return self.get_observations(), {}
 
+    def reset_envs(self, ids: torch.Tensor) -> TensorDict:
+        """Start new episodes in some worlds, (n,), int64; returns the observations of all."""
+        self._obs = self._obs.index_copy(0, ids, self._restart(ids))
+        return self.get_observations()
+
     def get_observations(self) -> TensorDict:
         """Observation group ``policy``, float32 (N, O): dm_control's observation, flattened."""
         return self._group(self._obs)

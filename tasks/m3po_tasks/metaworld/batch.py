@@ -54,7 +54,7 @@ class Batch:
         return len(self._shares)
 
     def order(self, word: str) -> None:
-        """Have all environments ``reset`` or ``step``, without waiting.
+        """Have all environments ``reset`` or ``step``, or those marked as ending ``restart``, without waiting.
 
         Raises:
             M3POError: If they are closed, or :meth:`wait` was not called for the last order.

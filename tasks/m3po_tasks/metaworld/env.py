@@ -91,6 +91,16 @@ class MetaWorldVecEnv(VecEnv):
         self._obs = self._outputs().obs
         return self.get_observations(), {}
 
+    def reset_envs(self, ids: torch.Tensor) -> TensorDict:
+        """Reset some environments, (n,), int64; returns the observations of all."""
+        self._inputs.ends.zero_()
+        self._inputs.ends[ids.cpu()] = 1.0
+        self._batch.order("restart")
+        self._batch.wait()
+        self.episode_length_buf = self.episode_length_buf.index_fill(0, ids, 0)
+        self._obs = self._obs.index_copy(0, ids, self._outputs().obs[ids])
+        return self.get_observations()
+
     def step(self, actions: torch.Tensor) -> tuple[TensorDict, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Advance by one decision step.
 

@@ -28,6 +28,12 @@ class Share:
         for row, environment in enumerate(self.environments):
             self.buffers.obs[row] = environment.reset()
 
+    def restart(self) -> None:
+        """Reset those that are marked as ending."""
+        for row, environment in enumerate(self.environments):
+            if self.buffers.ends[row]:
+                self.buffers.obs[row] = environment.reset()
+
     def step(self) -> None:
         """Step all, one after the other, and reset those whose episode ends."""
         to = self.buffers
@@ -54,7 +60,8 @@ def obey(connection: Connection) -> None:
             elif order == "drop":
                 del shares[batch]
             else:
-                {"reset": shares[batch].reset, "step": shares[batch].step}[order]()
+                share = shares[batch]
+                {"reset": share.reset, "restart": share.restart, "step": share.step}[order]()
             connection.send(None)
     except (EOFError, ConnectionError):
         return

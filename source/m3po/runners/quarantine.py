@@ -1,0 +1,214 @@
+"""Environments whose numbers are not finite: masked, reset, counted, and recorded for a replay.
+
+A step whose action, observation, reward or final observation is not finite is marked as ``lost``: nothing is learnt
+from it, and its episode ends as a time-out with reward 0. The environment is reset where it can be, that is where it
+has ``reset_envs(ids) -> observations``, which resets the environments ``ids``, (n,), int64, sets their
+``episode_length_buf`` to 0, and returns the observations of all N. Otherwise it is stepped on, showing zeros for what
+is not finite, and all its steps are lost until it ends an episode by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rsl_rl.env import VecEnv
+from tensordict import TensorDict
+
+from m3po.config import QUARANTINE_SHARE, check_quarantine_share
+from m3po.late_flag import LateFlag
+from m3po.runners.flight_recorder import FlightRecorder, is_sound
+from m3po.text import listed
+
+MAX_FILES, MAX_MESSAGES = 10, 3
+"""Recordings written in a run, and messages printed in a rollout; the rest is counted only."""
+
+Answer = tuple[TensorDict, torch.Tensor, torch.Tensor, dict[str, Any]]
+"""Observations, rewards, dones and extras, as :meth:`rsl_rl.env.VecEnv.step` returns them."""
+
+
+class Quarantine:
+    """Stands between an environment and an algorithm. What is finite passes through it bit for bit.
+
+    On a CPU it acts at once. On a GPU nothing waits for the device: values are masked there in every step, and the host
+    learns of them one step later (:class:`~m3po.late_flag.LateFlag`), when it reports and resets; that costs the
+    environment one more lost step.
+    """
+
+    def __init__(
+        self, env: VecEnv, cfg: Mapping[str, Any], log_dir: str | None, device: str, late: bool | None = None
+    ) -> None:
+        """Watch an environment.
+
+        Args:
+            env: Environment.
+            cfg: Runner configuration: ``check_for_nan`` (false: nothing is watched), ``quarantine_share``, and
+                ``task`` and ``seed`` for recordings.
+            log_dir: Folder that receives recordings; none are written without one.
+            device: Torch device of the algorithm.
+            late: Whether the host learns of a step one step later; by default on a GPU.
+
+        Raises:
+            ValueError: If ``quarantine_share`` is not a share.
+        """
+        self.env, self.device, self.log_dir = env, device, log_dir
+        self.active, self.share = bool(cfg.get("check_for_nan", True)), cfg.get("quarantine_share", QUARANTINE_SHARE)
+        check_quarantine_share(self.share)
+        self._flag = LateFlag(device, late)
+        self._recorder = FlightRecorder(env, {"task": cfg.get("task"), "seed": cfg.get("seed")})
+        self._task_names: Sequence[str] = getattr(env, "task_names", ())
+        self._task_ids = getattr(env, "task_ids", torch.zeros(env.num_envs, dtype=torch.long)).cpu()
+        self._stuck = torch.zeros(env.num_envs, dtype=torch.bool, device=device)
+        """Environments that are not usable before they are reset, (N,)."""
+        self._counts = torch.zeros(2, env.num_envs, dtype=torch.long, device=device)
+        """Quarantines and lost steps of the rollout, (2, N)."""
+        self.metrics: dict[str, float] = {}
+        """Counts of the rollout that was closed last."""
+        self.task_metrics: dict[str, float] = {}
+        """Its quarantines of each of several tasks, as ``task/<name>/quarantined``."""
+        self.affected = 0.0
+        """Share of the environments with a step lost to the quarantine in it."""
+        self._num_files = self._num_messages = 0
+
+    def first(self, obs: TensorDict) -> TensorDict:
+        """The observations that a training begins with, with zeros in rows that are not finite."""
+        return obs.clone(recurse=False).update(_zeroed(obs)) if self.active else obs
+
+    def before(self, actions: torch.Tensor) -> torch.Tensor:
+        """Note the actions, (N, A), and return them with zeros in rows that are not finite."""
+        if not self.active:
+            return actions
+        self._recorder.begin(actions)
+        self._bad_action = ~_finite_rows(actions)
+        return torch.where(self._bad_action.unsqueeze(1), 0.0, actions)
+
+    def after(self, previous: TensorDict, answer: Answer) -> Answer:
+        """Check what the environment answered to the actions.
+
+        Args:
+            previous: Observations before the step, finite, batch size (N,).
+            answer: The environment's, on the algorithm's device.
+
+        Returns:
+            The answer, finite; ``extras["lost"]``, (N,), marks steps to be ignored, where there may be any.
+        """
+        if not self.active:
+            return answer
+        obs, rewards, dones, extras = answer
+        ends = dones.bool()
+        findings = {"action": self._bad_action, "reward": ~_finite_rows(rewards)}
+        findings |= {f"observation {group}": ~_finite_rows(x) for group, x in _floats(obs)}
+        delivered = extras.get("final_obs")
+        final = {} if delivered is None else {group: x.to(self.device) for group, x in _floats(delivered)}
+        findings |= {f"final observation {group}": ~_finite_rows(x) & ends for group, x in final.items()}
+        bad = torch.stack(list(findings.values())).any(0)
+        lost, fresh = bad | self._stuck, bad & ~self._stuck
+        broken = torch.stack([rows for name, rows in findings.items() if name.startswith("observation")]).any(0)
+        self._stuck = (lost & ~ends) | broken
+        self._counts += torch.stack((fresh, lost))
+        self._recorder.end(answer, final, findings, fresh)
+        if self._flag(lost.any()):
+            obs = self._intervene(obs)
+        elif not self._flag.late:
+            return answer
+        return self._masked(previous, (obs, rewards, dones, extras), lost)
+
+    def close_rollout(self) -> None:
+        """Count what happened since the last call: the only time that the host always waits."""
+        quarantined, lost = self._counts.cpu()
+        self._counts = torch.zeros_like(self._counts)
+        self._num_messages = 0
+        self.affected = (lost > 0).float().mean().item()
+        self.metrics = {"robust/quarantined": float(quarantined.sum()), "robust/lost_steps": float(lost.sum())}
+        if quarantined.any():
+            print(
+                f"[m3po] {quarantined.sum()} quarantines in this rollout, in {self.affected:.1%} of the environments; "
+                f"{lost.sum()} steps lost",
+                flush=True,
+            )
+        if len(self._task_names) > 1:
+            sums = torch.zeros(len(self._task_names), dtype=torch.long).index_add(0, self._task_ids, quarantined)
+            counts = zip(self._task_names, sums.tolist(), strict=True)
+            self.task_metrics = {f"task/{name}/quarantined": float(count) for name, count in counts}
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the rollout that was closed last had more environments in quarantine than the run may go on with."""
+        return self.affected > self.share
+
+    def _masked(self, previous: TensorDict, answer: Answer, lost: torch.Tensor) -> Answer:
+        """The answer with everything finite that somebody may read."""
+        obs, rewards, dones, extras = answer
+        obs = obs.clone(recurse=False).update(_zeroed(obs))
+        extras = dict(extras)  # the environment keeps its own
+        extras["time_outs"] = lost | extras.get("time_outs", torch.zeros_like(lost)).to(self.device).bool()
+        extras["lost"] = lost | extras.get("lost", torch.zeros_like(lost)).to(self.device)
+        if extras.get("final_obs") is not None:
+            final = {group: x.to(self.device) for group, x in extras["final_obs"].items()}
+            extras["final_obs"] = {group: _keep(~lost, x, previous[group]) for group, x in final.items()}
+        return obs, torch.where(lost, 0.0, rewards), torch.where(lost, torch.ones_like(dones), dones), extras
+
+    def _intervene(self, obs: TensorDict) -> TensorDict:
+        """Reset what can be reset, and report what the flag was about. Returns the observations of now."""
+        rows = self._stuck.nonzero().squeeze(1)
+        if len(rows) and hasattr(self.env, "reset_envs"):
+            after = self.env.reset_envs(rows.to(self.env.device)).to(self.device)
+            obs = obs.clone(recurse=False).update({g: _keep(~self._stuck, x, after[g]) for g, x in obs.items()})
+            healthy = torch.stack([_finite_rows(x) for _, x in _floats(obs)]).all(0)
+            # Of several tasks, some may not be able to: where an episode has not begun, nothing was reset.
+            self._stuck = self._stuck & ~(healthy & (self.env.episode_length_buf.to(self.device) == 0))
+        affected = self._recorder.fresh(late=self._flag.late)
+        if affected:
+            self._report(affected)
+        return obs
+
+    def _report(self, affected: list[int]) -> None:
+        """Say what was found in which environments, and write the recording."""
+        self._num_messages += 1
+        if self._num_messages > MAX_MESSAGES:
+            return
+        findings = self._recorder.describe(late=self._flag.late)
+        tasks = (
+            dict.fromkeys(self._task_names[k] for k in self._task_ids[affected].tolist()) if self._task_names else ()
+        )
+        stuck = [row for row in affected if self._stuck[row]]
+        fate = "their steps are not learnt from"
+        if stuck:
+            fate += f"; {listed(stuck)} cannot be reset and will be stepped on until an episode ends"
+        where = ""
+        if self.log_dir is not None and self._num_files < MAX_FILES:
+            self._num_files += 1
+            path = Path(self.log_dir) / f"nonfinite_{self._recorder.step}.pt"
+            if path.exists():  # of the same run before it was resumed, which counts steps anew
+                path = path.with_stem(f"{path.stem}_{time.time_ns()}")
+            self._recorder.write(path, affected, findings)
+            where = f"; recorded in {path}"
+        of = f" of {', '.join(tasks)}" if tasks else ""
+        print(
+            f"[m3po] quarantine at step {self._recorder.step}: not finite in {listed(affected)}{of}: "
+            f"{', '.join(findings)}; {fate}{where}",
+            flush=True,
+        )
+
+
+def _floats(groups: Mapping[str, torch.Tensor] | TensorDict) -> list[tuple[str, torch.Tensor]]:
+    """The groups that can be anything but finite."""
+    return [(group, x) for group, x in groups.items() if x.is_floating_point()]
+
+
+def _zeroed(obs: TensorDict) -> dict[str, torch.Tensor]:
+    """The groups of :func:`_floats` with zeros in rows that are not finite."""
+    return {group: _keep(_finite_rows(x), x, 0.0) for group, x in _floats(obs)}
+
+
+def _finite_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows of (N, ...) that are finite in every element, (N,), boolean."""
+    return is_sound(x).view(len(x), -1).all(1)
+
+
+def _keep(rows: torch.Tensor, x: torch.Tensor, other: torch.Tensor | float) -> torch.Tensor:
+    """``x``, (N, ...), in some rows, (N,), and something else in the others."""
+    return torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, other)
