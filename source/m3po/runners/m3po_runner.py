@@ -15,8 +15,8 @@ from rsl_rl.runners import OnPolicyRunner
 from rsl_rl.utils import check_nan
 from tensordict import TensorDict
 
+from m3po import distributed
 from m3po.algorithms import M3PO
-from m3po.errors import UserError
 from m3po.runners.checkpoint import FORMAT, check_compatible, check_shapes, read_checkpoint, write_checkpoint
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
@@ -47,6 +47,9 @@ class M3PORunner(OnPolicyRunner):
     ``log_dir`` receives ``model_<iteration>.pt`` every ``save_interval``, ``model_last.pt``, ``model_best.pt`` (by
     evaluation), TensorBoard events, ``progress.csv`` and ``evaluations.csv``; of several tasks also ``tasks.csv``,
     ``task_evaluations.csv`` and the report on their embeddings.
+
+    Of several processes (:mod:`m3po.distributed`), each has environments of its own; the first one alone writes, prints
+    and evaluates, and reports all of them.
     """
 
     def __init__(
@@ -68,9 +71,13 @@ class M3PORunner(OnPolicyRunner):
             evaluator: Evaluates checkpoints; without one there is no ``model_best.pt``.
         """
         self._agent = json.dumps(train_cfg, default=str)  # before rsl_rl takes it apart
+        if not distributed.is_main():
+            log_dir = evaluator = None
         super().__init__(env, train_cfg, log_dir=log_dir, device=device)
         self.log_dir = log_dir
         self.evaluator = evaluator
+        self.all_envs = sum(distributed.collected(env.num_envs))
+        """Environments of all processes."""
         self.reporter = Reporter(log_dir)
         self.best_return = float("-inf")
         self.env_steps, self.seconds = 0, 0.0
@@ -92,6 +99,8 @@ class M3PORunner(OnPolicyRunner):
                 self.env.episode_length_buf = torch.randint_like(steps, high=int(self.env.max_episode_length))
         obs = self.env.get_observations().to(self.device)
         self.alg.train_mode()
+        if self.is_distributed:
+            self.alg.broadcast_parameters()
         statistics = EpisodeStatistics.of(self.env, self.device)
         watch = getattr(self.alg, "stopwatch", Stopwatch(self.device))
         first = self.current_learning_iteration
@@ -119,13 +128,14 @@ class M3PORunner(OnPolicyRunner):
             end = time.perf_counter()
 
             self.seconds += end - begin
-            self.env_steps += self.env.num_envs * self.cfg["num_steps_per_env"]
+            self.env_steps += self.all_envs * self.cfg["num_steps_per_env"]
             self.current_learning_iteration = it
             row = self._row(it, statistics, watch, collected - begin, end - collected)
             metrics = getattr(self.alg, "metrics", {})
             self.reporter.report(row, losses, metrics)
             eta = (self.seconds - start_seconds) / (it + 1 - first) * (total - it - 1)
-            print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
+            if distributed.is_main():
+                print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
             self._checkpoint(it, last=it + 1 == total)
 
     def _step(self, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch) -> TensorDict:
@@ -144,9 +154,9 @@ class M3PORunner(OnPolicyRunner):
     def _row(
         self, it: int, statistics: EpisodeStatistics, watch: Stopwatch, collect: float, update: float
     ) -> dict[str, float]:
-        """Columns of the report for one iteration."""
+        """Columns of the report for one iteration; times and memory are those of this process."""
         times = watch.read()
-        steps = self.env.num_envs * self.cfg["num_steps_per_env"]
+        steps = self.all_envs * self.cfg["num_steps_per_env"]
         return {
             "iteration": it,
             "env_steps": self.env_steps,
@@ -166,10 +176,17 @@ class M3PORunner(OnPolicyRunner):
         }
 
     def _configure_multi_gpu(self) -> None:
-        """Refuse several processes: neither loop synchronises parameters, and PPO's ranks would drift apart unseen."""
-        if int(os.getenv("WORLD_SIZE", "1")) > 1:
-            raise UserError("training in several processes is not supported yet; run a single process.")
-        super()._configure_multi_gpu()
+        """Tell rsl_rl of the processes that are connected; it would connect GPUs alone, and those by NCCL alone.
+
+        Raises:
+            UserError: If this is one of several processes that are not connected.
+        """
+        self.gpu_world_size, self.gpu_global_rank = distributed.world_size(), distributed.rank()
+        self.gpu_local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.is_distributed = self.gpu_world_size > 1
+        distributed.check_start(self.is_distributed)
+        ranks = {"global_rank": self.gpu_global_rank, "local_rank": self.gpu_local_rank}
+        self.cfg["multi_gpu"] = ranks | {"world_size": self.gpu_world_size} if self.is_distributed else None
 
     # -- checkpoints and evaluation -----------------------------------------------------------------------------------
 

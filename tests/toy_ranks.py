@@ -1,0 +1,103 @@
+"""A training that does not depend on how its environments are shared among processes; see ``test_distributed.py``.
+
+``python toy_ranks.py FOLDER PORT`` trains in one process and in two, and saves what each of them knows. Every
+random number is drawn for all environments, and each process takes its share; mini-batches are the whole data, so that
+their order does not matter, and all environments are planned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from rsl_rl.modules.distribution import GaussianDistribution
+from toy_env import PointEnv, runner_cfg
+
+from m3po import distributed
+from m3po.runners import M3PORunner
+
+TOTAL, ITERATIONS = 128, 5
+
+
+class SharedPoint(PointEnv):
+    """Environments ``first`` to ``first + num_envs - 1`` of :data:`TOTAL`; their episodes end at different times."""
+
+    def __init__(self, num_envs: int, first: int) -> None:
+        self.first = first
+        super().__init__(num_envs, edge=1.3)
+        self.episode_length_buf = (first + torch.arange(num_envs)) % 20
+
+    def _reset(self, rows: torch.Tensor) -> None:
+        own = slice(self.first, self.first + self.num_envs)
+        position = 2 * torch.rand(TOTAL, self.dim, generator=self.generator)[own] - 1
+        fresh = torch.cat((position, torch.zeros_like(position)), dim=1)
+        self.state = torch.where(rows[:, None], fresh, self.state)
+        self.episode_length_buf = torch.where(rows, 0, self.episode_length_buf)
+
+
+def share_noise(num_envs: int, first: int) -> None:
+    """Draw the noise of actions for all environments. What is drawn while learning is never used."""
+    stream = torch.Generator().manual_seed(7)
+
+    def sample(self: GaussianDistribution) -> torch.Tensor:
+        if len(self.mean) != num_envs:
+            return self.mean
+        noise = torch.randn(TOTAL, self.mean.shape[1], generator=stream)
+        return self.mean + self.std * noise[first : first + num_envs]
+
+    GaussianDistribution.sample = sample
+
+
+def config(**algorithm: Any) -> dict[str, Any]:
+    """Plans everywhere, has a bonus and normalisers, and takes all data at once."""
+    planner = {"share": 1.0, "min_skill": None, "min_reward_ev": None}
+    cfg = runner_cfg(planner=planner, bonus={"alpha": 0.3}, num_mini_batches=1, normalize_values=True, **algorithm)
+    for network in ("actor", "critic"):
+        cfg[network]["obs_normalization"] = True
+    return cfg
+
+
+def train(num_envs: int, first: int, **algorithm: Any) -> dict[str, Any]:
+    """Train on a share of the environments. Returns all that is learnt and reported."""
+    torch.manual_seed(first)  # other initial weights in each process: those of the first must count
+    share_noise(num_envs, first)
+    run = M3PORunner(SharedPoint(num_envs, first), config(**algorithm), device="cpu")
+    ring, rows, gradients = run.alg.ring, [], []
+    ring.sample = lambda batch_size, horizon: ring.newest(horizon)
+    run.reporter.report = lambda row, losses, metrics: rows.append({**row, **losses, **metrics})
+    step = run.alg.policy_learner.optimizer.step
+
+    def keep_and_step() -> None:
+        gradients.append(torch.cat([p.grad.flatten() for p in run.alg.actor.parameters()]))
+        step()
+
+    run.alg.policy_learner.optimizer.step = keep_and_step
+    run.learn(ITERATIONS)
+    state = run.alg.save()
+    networks = {k: v for k, v in state.items() if k.endswith("state_dict") and "optimizer" not in k}
+    return {"networks": networks, "rows": rows, "gradients": gradients, "learning_rate": run.alg.learning_rate}
+
+
+def work(rank: int, size: int, folder: str) -> None:
+    """Everything that one process does."""
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
+    num_envs = TOTAL // size
+    with distributed.group("cpu") if size > 1 else contextlib.nullcontext():
+        torch.save(train(num_envs, rank * num_envs), Path(folder) / f"{size}-{rank}.pt")
+
+
+def main(folder: str) -> None:
+    """One process, and two: forked, because each import of torch takes seconds."""
+    for size in (1, 2):
+        torch.multiprocessing.start_processes(work, (size, folder), size, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
