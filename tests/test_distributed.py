@@ -95,3 +95,20 @@ def test_processes_of_our_own_are_not_of_the_group(monkeypatch):
     monkeypatch.setenv("KEPT", "1")
     environment = distributed.child_environment()
     assert "WORLD_SIZE" not in environment and environment["KEPT"] == "1"
+
+
+def torchrun(*arguments: object) -> list[object]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments]
+
+
+def test_a_killed_process_is_restarted_and_training_goes_on_from_the_last_checkpoint(tmp_path):
+    """The second process dies in iteration 5 (counted from 0); the last checkpoint is that after iteration 3."""
+    run = ("--max_restarts", "1", "--master_port", free_port(), REPOSITORY / "tests/toy_elastic.py", tmp_path, "1", "5")
+    result = run_process(torchrun(*run), timeout=150)
+    assert result.rc == 0, result.stderr[-3000:]
+    starts = [line for line in result.stdout.splitlines() if "processes from" in line]
+    assert starts == ["2 processes from iteration 0", "2 processes from iteration 4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_0"]  # the launch's own file is gone
+    last = torch.load(tmp_path / "run_0/model_last.pt", weights_only=True)
+    assert last["iter"] == 7
+    assert last["runner_state"]["env_steps"] == 8 * 8 * 16  # iterations, steps, environments of both processes

@@ -7,7 +7,6 @@ their order does not matter, and all environments are planned.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -89,7 +88,7 @@ def work(rank: int, size: int, folder: str) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
     num_envs = TOTAL // size
-    with distributed.group("cpu") if size > 1 else contextlib.nullcontext():
+    with distributed.group(size > 1, "cpu"):
         torch.save(train(num_envs, rank * num_envs), Path(folder) / f"{size}-{rank}.pt")
 
 

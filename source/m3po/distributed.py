@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import warp as wp
 from torch import distributed
 
 from m3po.errors import UserError
@@ -29,14 +32,19 @@ def started_by_torchrun() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_connected() -> bool:
+    """Whether this process belongs to a group, be it the only one in it."""
+    return distributed.is_initialized()
+
+
 def world_size() -> int:
-    """Connected processes."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    """Processes of the group; 1 without one."""
+    return distributed.get_world_size() if is_connected() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if is_connected() else 0
 
 
 def is_main() -> bool:
@@ -70,7 +78,7 @@ def local_device(device: str) -> str:
     """
     if device == "cpu":
         return device
-    index, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    index, available = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= available:
         count = os.environ.get("LOCAL_WORLD_SIZE", index + 1)
         raise UserError(
@@ -81,18 +89,25 @@ def local_device(device: str) -> str:
 
 
 @contextlib.contextmanager
-def group(device: str) -> Iterator[None]:
+def group(wanted: bool, device: str) -> Iterator[None]:
     """Connect the processes that torchrun has started; the connection ends with the context.
 
     All but the first are silent on stdout; stderr stays everybody's.
 
     Args:
+        wanted: Otherwise this process stays alone.
         device: Device of this process; NCCL connects GPUs, gloo connects CPUs and what lies in host memory.
     """
+    if not wanted:
+        yield
+        return
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        wp.set_device(device)
+    store, number, size = next(distributed.rendezvous("env://"))
+    store = _unused_part(store, number, size)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=number, world_size=size)
     with contextlib.ExitStack() as stack:
         if not is_main():
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -100,6 +115,30 @@ def group(device: str) -> Iterator[None]:
         yield
         # Not after an error: with a process missing, to take leave of it could take for ever.
         distributed.destroy_process_group()
+
+
+def _unused_part(store: distributed.Store, number: int, size: int) -> distributed.Store:
+    """A part of torchrun's store that no earlier attempt has written to, the same one in all processes.
+
+    torchrun keeps its store when it restarts the processes, and torch 2.11 would read the addresses of the dead there.
+    So the first process makes a name up, the others answer with names of their own until they find them confirmed:
+    nothing that an earlier attempt has left can contain those.
+    """
+    own = uuid.uuid4().hex
+    if number == 0:
+        store.set("m3po/name", own)
+        answers = [f"m3po/{own}/{other}" for other in range(1, size)]
+        store.wait(answers)
+        store.set(f"m3po/{own}", b" ".join(store.get(answer) for answer in answers))
+        return distributed.PrefixStore(own, store)
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while time.monotonic() < deadline:
+        name = store.get("m3po/name").decode()
+        store.set(f"m3po/{name}/{number}", own)
+        if store.check([f"m3po/{name}"]) and own in store.get(f"m3po/{name}").decode().split():
+            return distributed.PrefixStore(name, store)
+        time.sleep(0.02)
+    raise TimeoutError("the first process did not answer.")
 
 
 def child_environment() -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rsl_rl.env import VecEnv
 
+from m3po import distributed
 from m3po.algorithms.construction import check_cfg
 from m3po.cli.arguments import at_least, check_device
 from m3po.cli.overrides import assign, parse_value
@@ -143,6 +144,8 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
     if args.processes == "none" and needy:
         raise UserError(f"{', '.join(needy)} cannot share a process; --processes auto gives each its own.")
     device = check_device(args.device)
+    if getattr(args, "in_group", False):
+        device = distributed.local_device(device)
     sizes = _sizes(args, names, device)
     seed = random.randrange(2**31) if args.seed == -1 else args.seed
     multi_task = args.multi_task or len(infos) > 1 or getattr(args, "transfer", None) is not None

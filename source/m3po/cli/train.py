@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 import m3po
+from m3po import distributed
 from m3po.cli import suite_job
-from m3po.cli.arguments import Parser, at_least, guarded
+from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
+from m3po.elastic import Launch
 from m3po.envs.suite import suites
 from m3po.errors import UserError
 from m3po.evaluation_process import EvaluationProcess
@@ -45,6 +47,7 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description="Train one agent on one or several tasks of any suite.")
     suite_job.add_common_arguments(parser)
+    add_distributed(parser)
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
     start = parser.add_mutually_exclusive_group()
@@ -97,38 +100,45 @@ def _main(argv: list[str]) -> int:
     """Check everything, then create the environments and train."""
     job = suite_job.prepare(_parser(), argv)
     args = job.args
+    distributed.check_start(args.in_group)
     checkpoint = suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
-    _check_start(job)
-    run_dir = suite_job.create_run_dir(job, args.run_name)
-    _write_manifest(job, run_dir)
-    _report(job, run_dir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.group(args.in_group, job.device))
+        job.seed = job.train_cfg["seed"] = distributed.shared(job.seed)
+        _check_start(job)
+        launch = Launch(suite_job.experiment_dir(job), lambda: _create_run(job))
+        run_dir, checkpoint = launch.run_dir, launch.checkpoint or checkpoint
+        _report(job, run_dir)
         evaluator = None
-        if args.eval_interval > 0:
+        if args.eval_interval > 0 and distributed.is_main():
             order = {"arguments": job.arguments(), "num_envs": args.eval_envs}
             evaluator = EvaluationProcess("m3po.cli.evaluate", order, run_dir / "evaluation.log")
             stack.callback(evaluator.close)
-        env = stack.enter_context(
-            suite_job.environments(job, job.sizes, job.seed, run_dir, restart=args.restart_members)
-        )
+        own_dir = run_dir if distributed.is_main() else run_dir / f"rank_{distributed.rank()}"
+        own_dir.mkdir(exist_ok=True)
+        seed = job.seed + distributed.rank()
+        env = stack.enter_context(suite_job.environments(job, job.sizes, seed, own_dir, restart=args.restart_members))
         train_cfg = job.train_cfg | {"eval_interval": args.eval_interval}
         runner = M3PORunner(env, train_cfg, str(run_dir), job.device, evaluator)
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)
-        if args.transfer is not None:
+        if args.transfer is not None and launch.checkpoint is None:
             runner.transfer(args.transfer, args.init_task_from)
         if args.train_only == "embedding":
             print("[m3po] training nothing but task embeddings and action noise")
             train_embedding_only(runner.alg)
         start = time.perf_counter()
         try:
-            runner.learn(job.train_cfg["max_iterations"], init_at_random_ep_len=True)
+            left = launch.iterations(runner.current_learning_iteration, job.train_cfg["max_iterations"])
+            runner.learn(left, init_at_random_ep_len=True)
         except KeyboardInterrupt:
             path = run_dir / suite_job.CHECKPOINTS["latest"]
-            runner.save(str(path))
+            if distributed.is_main():
+                runner.save(str(path))
             print(f"\n[m3po] interrupted; saved {path}")
             return INTERRUPTED
+        launch.finish()
         print(f"[m3po] trained for {time.perf_counter() - start:.1f} s; checkpoints in {run_dir}")
     return 0
 
@@ -163,7 +173,8 @@ def _report(job: suite_job.SuiteJob, run_dir: Path) -> None:
     tasks = ", ".join(f"{name} x {size}" for name, size in zip(job.names, job.sizes, strict=True))
     print(f"[m3po] tasks ({len(job.names)}): {tasks}")
     print(f"[m3po] algorithm: {job.args.algo}, seed: {job.seed}, device: {job.device}")
-    print(f"[m3po] environments: {sum(job.sizes)}, steps per rollout: {job.train_cfg['num_steps_per_env']}")
+    together = f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    print(f"[m3po] environments: {sum(job.sizes)}{together}, steps per rollout: {job.train_cfg['num_steps_per_env']}")
     if job.args.algo == "m3po":
         budget = f"{planner['num_samples']} samples x {planner['num_iterations']} x horizon {planner['horizon']}"
         means = f"{planner['kernels']} kernels, {planner['epilogues']} epilogues, {planner['precision']}"
@@ -172,11 +183,13 @@ def _report(job: suite_job.SuiteJob, run_dir: Path) -> None:
     print(f"[m3po] run folder: {run_dir}")
 
 
-def _write_manifest(job: suite_job.SuiteJob, run_dir: Path) -> None:
-    """Write ``run.json``: what the run was. It records no environment variables."""
+def _create_run(job: suite_job.SuiteJob) -> Path:
+    """Create the run's folder, with ``run.json``: what the run was. It records no environment variables."""
+    run_dir = suite_job.create_run_dir(job, job.args.run_name)
     manifest = {
         "tasks": job.names,
         "num_envs": job.sizes,
+        "processes": distributed.world_size(),
         "created_at": datetime.now(UTC).isoformat(),
         "command": sys.orig_argv[1:],
         "algorithm": job.args.algo,
@@ -190,3 +203,4 @@ def _write_manifest(job: suite_job.SuiteJob, run_dir: Path) -> None:
         "configuration": {"agent": job.train_cfg},
     }
     write_json(run_dir / "run.json", manifest)
+    return run_dir

@@ -8,7 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3po.cli.arguments import Parser, at_least, guarded
+from m3po import distributed
+from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
+from m3po.elastic import Launch
 from m3po.errors import UserError
 
 from .. import launch
@@ -33,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     """Options of training; those shared with playing come from :mod:`isaaclab_m3po.launch`."""
     parser = Parser(description="Train M3PO, or rsl_rl's PPO in the same harness, on an Isaac Lab task.")
     launch.add_common_arguments(parser)
+    add_distributed(parser)
+    parser.add_argument("--run_timestamp", help="Name of the run folder instead of the time (train_multigpu gives it).")
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
@@ -51,29 +55,45 @@ def _main(argv: list[str]) -> int:
     """Check everything, then simulate and train."""
     request = launch.parse(_parser(), argv)
     job = launch.prepare(request)
+    in_group = job.args.in_group
+    distributed.check_start(in_group)
     checkpoint = launch.resolve_checkpoint(job, job.args.checkpoint) if job.args.checkpoint else None
+    with distributed.group(in_group, job.device):
+        job.agent_cfg.seed = distributed.shared(job.agent_cfg.seed)
+        job.env_cfg.seed = job.agent_cfg.seed + distributed.rank()
+        attempts = Launch(launch.experiment_dir(job), lambda: _create_run(job))
+        launch.report(job)
+        print(f"[m3po] run folder: {attempts.run_dir}")
+        return _train(job, attempts, attempts.checkpoint or checkpoint)
+
+
+def _create_run(job: launch.Job) -> Path:
+    """Create the run's folder, with what the run is."""
+    from isaaclab_rl.entrypoints.common import dump_train_configs
+
+    from ..manifest import write_manifest
+
     run_dir = launch.create_run_dir(job)
-    launch.report(job)
-    print(f"[m3po] run folder: {run_dir}")
-    return _train(job, run_dir, checkpoint)
+    job.env_cfg.log_dir = str(run_dir)
+    write_manifest(job, run_dir)
+    dump_train_configs(str(run_dir), job.env_cfg, job.agent_cfg)
+    return run_dir
 
 
-def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None) -> int:
+def _train(job: launch.Job, attempts: Launch, checkpoint: Path | None) -> int:
     """Simulate and train; Ctrl-C saves what has been learnt."""
-    from isaaclab_rl.entrypoints.common import dump_train_configs, scoped_torch_backend_flags
+    from isaaclab_rl.entrypoints.common import scoped_torch_backend_flags
 
     from m3po.runners import M3PORunner
 
     from ..evaluation_worker import EvaluationWorker
-    from ..manifest import write_manifest
 
+    run_dir = attempts.run_dir
     job.env_cfg.log_dir = str(run_dir)
-    write_manifest(job, run_dir)
-    dump_train_configs(str(run_dir), job.env_cfg, job.agent_cfg)
     train_cfg = job.train_cfg() | {"eval_interval": job.args.eval_interval}
     with contextlib.ExitStack() as stack:
         evaluator = None
-        if job.args.eval_interval > 0:
+        if job.args.eval_interval > 0 and distributed.is_main():
             evaluator = EvaluationWorker(job, run_dir / "evaluation.log", job.args.eval_envs)
             stack.callback(evaluator.close)
         flags = scoped_torch_backend_flags(  # Isaac Lab's choice for training
@@ -90,11 +110,14 @@ def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None) -> int:
             runner.load(str(checkpoint), map_location=job.device)
         start = time.perf_counter()
         try:
-            runner.learn(job.agent_cfg.max_iterations, init_at_random_ep_len=job.agent_cfg.init_at_random_ep_len)
+            left = attempts.iterations(runner.current_learning_iteration, job.agent_cfg.max_iterations)
+            runner.learn(left, init_at_random_ep_len=job.agent_cfg.init_at_random_ep_len)
         except KeyboardInterrupt:
             path = run_dir / launch.SELECTORS["latest"]
-            runner.save(str(path))
+            if distributed.is_main():
+                runner.save(str(path))
             print(f"\n[m3po] interrupted; saved {path}")
             return INTERRUPTED
+        attempts.finish()
         print(f"[m3po] trained for {time.perf_counter() - start:.1f} s; checkpoints in {run_dir}")
     return 0
