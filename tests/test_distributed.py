@@ -12,6 +12,7 @@ import torch
 from conftest import REPOSITORY, run_process
 
 from m3po import distributed
+from m3po.cli.train import run
 from m3po.errors import UserError
 
 
@@ -57,6 +58,13 @@ def test_two_processes_report_what_one_reports(trained):
                 assert rows[2][key] == rows[1][key], key
 
 
+def test_m3po_under_rsl_rls_runner_and_ppo_under_ours_stay_the_same_in_all_processes(trained):
+    first, second = trained["2-0"]["others"], trained["2-1"]["others"]
+    assert set(first) == {"M3PO, stock runner", "PPO"}
+    for name, policy in first.items():
+        assert torch.equal(policy, second[name]), name
+
+
 def test_one_process_exchanges_nothing():
     x = torch.rand(4, 2)
     assert distributed.total(x) is x and distributed.mean(x, 3.0) is x and distributed.gather(x) is x
@@ -77,6 +85,15 @@ def test_a_wrong_start_is_refused(monkeypatch):
     distributed.check_start(True)
     with pytest.raises(UserError, match="add --distributed"):
         distributed.check_start(False)
+
+
+def test_the_command_refuses_to_be_distributed_alone(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert run(["--task", "walker-walk", "--distributed", "--device", "cpu"]) == 2
+    assert "torch.distributed.run" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["--task", "walker-walk", "--device", "cpu"]) == 2
+    assert "add --distributed" in capsys.readouterr().err
 
 
 def test_each_process_has_the_gpu_of_its_number(monkeypatch):
@@ -103,8 +120,8 @@ def torchrun(*arguments: object) -> list[object]:
 
 def test_a_killed_process_is_restarted_and_training_goes_on_from_the_last_checkpoint(tmp_path):
     """The second process dies in iteration 5 (counted from 0); the last checkpoint is that after iteration 3."""
-    run = ("--max_restarts", "1", "--master_port", free_port(), REPOSITORY / "tests/toy_elastic.py", tmp_path, "1", "5")
-    result = run_process(torchrun(*run), timeout=150)
+    options = ("--max_restarts", "1", "--master_port", free_port())
+    result = run_process(torchrun(*options, REPOSITORY / "tests/toy_elastic.py", tmp_path, "1", "5"), timeout=150)
     assert result.rc == 0, result.stderr[-3000:]
     starts = [line for line in result.stdout.splitlines() if "processes from" in line]
     assert starts == ["2 processes from iteration 0", "2 processes from iteration 4"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 from rsl_rl.modules.distribution import GaussianDistribution
+from rsl_rl.runners import OnPolicyRunner
 from toy_env import PointEnv, runner_cfg
 
 from m3po import distributed
@@ -82,6 +83,29 @@ def train(num_envs: int, first: int, **algorithm: Any) -> dict[str, Any]:
     return {"networks": networks, "rows": rows, "gradients": gradients, "learning_rate": run.alg.learning_rate}
 
 
+class StockRunner(OnPolicyRunner):
+    """rsl_rl's own, on the CPU: it would connect GPUs alone."""
+
+    def _configure_multi_gpu(self) -> None:
+        self.gpu_world_size, self.gpu_global_rank = distributed.world_size(), distributed.rank()
+        self.is_distributed = True
+        self.cfg["multi_gpu"] = {"global_rank": self.gpu_global_rank, "local_rank": 0, "world_size": 2}
+
+
+def others(rank: int) -> dict[str, torch.Tensor]:
+    """Policies of M3PO under rsl_rl's runner, and of rsl_rl's PPO under ours."""
+    ppo = {"class_name": "PPO", "num_mini_batches": 2}
+    runs = {
+        "M3PO, stock runner": StockRunner(SharedPoint(16, 16 * rank), config()),
+        "PPO": M3PORunner(SharedPoint(16, 16 * rank), config() | {"algorithm": ppo}),
+    }
+    policies = {}
+    for name, run in runs.items():
+        run.learn(2)
+        policies[name] = torch.cat([p.detach().flatten() for p in run.alg.get_policy().parameters()])
+    return policies
+
+
 def work(rank: int, size: int, folder: str) -> None:
     """Everything that one process does."""
     if size > 1:
@@ -89,7 +113,10 @@ def work(rank: int, size: int, folder: str) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
     num_envs = TOTAL // size
     with distributed.group(size > 1, "cpu"):
-        torch.save(train(num_envs, rank * num_envs), Path(folder) / f"{size}-{rank}.pt")
+        result = train(num_envs, rank * num_envs)
+        if size > 1:
+            result["others"] = others(rank)
+        torch.save(result, Path(folder) / f"{size}-{rank}.pt")
 
 
 def main(folder: str) -> None:
