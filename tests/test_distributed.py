@@ -12,7 +12,7 @@ import torch
 from conftest import REPOSITORY, run_process
 
 from m3po import distributed
-from m3po.cli.train import run
+from m3po.cli import suite_job, train
 from m3po.errors import UserError
 
 
@@ -22,19 +22,23 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+TRAININGS = ("one task", "two tasks")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, dict]:
     """What one process with all environments has learnt, and each of two with half of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    result = run_process([sys.executable, REPOSITORY / "tests/toy_ranks.py", folder, free_port()], timeout=120)
+    result = run_process([sys.executable, REPOSITORY / "tests/toy_ranks.py", folder, free_port()], timeout=300)
     assert result.rc == 0, result.stderr[-3000:]
-    assert result.stdout.count("Iteration 5/5") == 2  # of two processes one prints
+    assert result.stdout.count("Iteration 5/5") == 4  # of two processes one prints
     return {path.stem: torch.load(path, weights_only=True) for path in Path(folder).glob("*.pt")}
 
 
-def test_two_processes_learn_what_one_learns(trained):
+@pytest.mark.parametrize("which", TRAININGS)
+def test_two_processes_learn_what_one_learns(trained, which):
     """Policy, critic, world model and all normalisers after five iterations; the gradients of every policy step."""
-    one, first, second = trained["1-0"], trained["2-0"], trained["2-1"]
+    one, first, second = (trained[key][which] for key in ("1-0", "2-0", "2-1"))
     for name, network in one["networks"].items():
         for key, value in network.items():
             torch.testing.assert_close(first["networks"][name][key], value, rtol=1e-4, atol=3e-5, msg=f"{name} {key}")
@@ -47,9 +51,14 @@ def test_two_processes_learn_what_one_learns(trained):
             assert torch.equal(second["networks"][name][key], value), f"{name} {key}"
 
 
-def test_two_processes_report_what_one_reports(trained):
-    one, first, second = (trained[key]["rows"] for key in ("1-0", "2-0", "2-1"))
+@pytest.mark.parametrize("which", TRAININGS)
+def test_two_processes_report_what_one_reports(trained, which):
+    """Of two tasks, each of two processes has one; both report both."""
+    one, first, second = (trained[key][which]["rows"] for key in ("1-0", "2-0", "2-1"))
     assert sum(row["episodes"] for row in one) > 100
+    if which == "two tasks":
+        assert first[-1]["task/wide/share"] == first[-1]["task/narrow/share"] == 0.5
+        assert first[-1]["task/wide/length"] > first[-1]["task/narrow/length"]
     for rows in zip(one, first, second, strict=True):
         assert len({frozenset(row) for row in rows}) == 1
         for key, value in rows[0].items():
@@ -89,10 +98,10 @@ def test_a_wrong_start_is_refused(monkeypatch):
 
 def test_the_command_refuses_to_be_distributed_alone(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert run(["--task", "walker-walk", "--distributed", "--device", "cpu"]) == 2
+    assert train.run(["--task", "walker-walk", "--distributed", "--device", "cpu"]) == 2
     assert "torch.distributed.run" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(["--task", "walker-walk", "--device", "cpu"]) == 2
+    assert train.run(["--task", "walker-walk", "--device", "cpu"]) == 2
     assert "add --distributed" in capsys.readouterr().err
 
 
@@ -118,10 +127,31 @@ def torchrun(*arguments: object) -> list[object]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments]
 
 
+def test_tasks_are_dealt_out(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    split = ["--task", "walker-walk,cup-catch,mw-reach", "--distributed", "--split_tasks", "--device", "cpu"]
+    for count, sizes in (("--num_envs_per_task", [0, 8, 0]), ("--num_envs", [0, 8, 0])):
+        assert suite_job.prepare(train._parser(), [*split, count, "8"]).sizes == sizes
+    monkeypatch.setenv("RANK", "0")
+    assert suite_job.prepare(train._parser(), [*split, "--num_envs", "7"]).sizes == [4, 0, 3]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UserError, match="3 tasks cannot be split over 4 processes"):
+        suite_job.prepare(train._parser(), split)
+
+
+def test_the_stock_launcher_offers_m3po(run_script):
+    command = ["-m", "isaaclab", "train_multigpu", "--rl_library", "m3po", "--num_gpus", "cpu", "--dry_run"]
+    result = run_script([*command, "--task", "Isaac-Ant"], timeout=120)
+    assert result.rc == 0, result.stderr[-2000:]
+    assert "--rl_library m3po --task Isaac-Ant" in result.stdout and result.stdout.rstrip().endswith("--distributed")
+
+
 def test_a_killed_process_is_restarted_and_training_goes_on_from_the_last_checkpoint(tmp_path):
     """The second process dies in iteration 5 (counted from 0); the last checkpoint is that after iteration 3."""
     options = ("--max_restarts", "1", "--master_port", free_port())
-    result = run_process(torchrun(*options, REPOSITORY / "tests/toy_elastic.py", tmp_path, "1", "5"), timeout=150)
+    result = run_process(torchrun(*options, REPOSITORY / "tests/toy_elastic.py", tmp_path, "1", "5"), timeout=400)
     assert result.rc == 0, result.stderr[-3000:]
     starts = [line for line in result.stdout.splitlines() if "processes from" in line]
     assert starts == ["2 processes from iteration 0", "2 processes from iteration 4"]

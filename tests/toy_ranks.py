@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
+from rsl_rl.env import VecEnv
 from rsl_rl.modules.distribution import GaussianDistribution
 from rsl_rl.runners import OnPolicyRunner
 from toy_env import PointEnv, runner_cfg
 
 from m3po import distributed
+from m3po.cli.suite_job import with_absent
+from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.suite import TaskInfo
 from m3po.runners import M3PORunner
 
 TOTAL, ITERATIONS = 128, 5
@@ -27,9 +31,9 @@ TOTAL, ITERATIONS = 128, 5
 class SharedPoint(PointEnv):
     """Environments ``first`` to ``first + num_envs - 1`` of :data:`TOTAL`; their episodes end at different times."""
 
-    def __init__(self, num_envs: int, first: int) -> None:
+    def __init__(self, num_envs: int, first: int, edge: float = 1.3) -> None:
         self.first = first
-        super().__init__(num_envs, edge=1.3)
+        super().__init__(num_envs, edge=edge)
         self.episode_length_buf = (first + torch.arange(num_envs)) % 20
 
     def _reset(self, rows: torch.Tensor) -> None:
@@ -53,20 +57,32 @@ def share_noise(num_envs: int, first: int) -> None:
     GaussianDistribution.sample = sample
 
 
-def config(**algorithm: Any) -> dict[str, Any]:
+def config() -> dict[str, Any]:
     """Plans everywhere, has a bonus and normalisers, and takes all data at once."""
     planner = {"share": 1.0, "min_skill": None, "min_reward_ev": None}
-    cfg = runner_cfg(planner=planner, bonus={"alpha": 0.3}, num_mini_batches=1, normalize_values=True, **algorithm)
+    cfg = runner_cfg(planner=planner, bonus={"alpha": 0.3}, num_mini_batches=1, normalize_values=True)
     for network in ("actor", "critic"):
         cfg[network]["obs_normalization"] = True
     return cfg
 
 
-def train(num_envs: int, first: int, **algorithm: Any) -> dict[str, Any]:
+def two_tasks(num_envs: int, first: int) -> VecEnv:
+    """Two tasks of half of the environments each: a process has both or one of them."""
+    half = TOTAL // 2
+    members = [
+        Member(name, SharedPoint(half, start, edge))
+        for name, start, edge in (("wide", 0, 1.6), ("narrow", half, 1.1))
+        if first <= start < first + num_envs
+    ]
+    infos = [TaskInfo(name, None, None, 20) for name in ("wide", "narrow")]
+    return MultiTaskVecEnv(with_absent(members, infos, "cpu"), "cpu")
+
+
+def train(env: VecEnv, first: int) -> dict[str, Any]:
     """Train on a share of the environments. Returns all that is learnt and reported."""
     torch.manual_seed(first)  # other initial weights in each process: those of the first must count
-    share_noise(num_envs, first)
-    run = M3PORunner(SharedPoint(num_envs, first), config(**algorithm), device="cpu")
+    share_noise(env.num_envs, first)
+    run = M3PORunner(env, config(), device="cpu")
     ring, rows, gradients = run.alg.ring, [], []
     ring.sample = lambda batch_size, horizon: ring.newest(horizon)
     run.reporter.report = lambda row, losses, metrics: rows.append({**row, **losses, **metrics})
@@ -113,7 +129,11 @@ def work(rank: int, size: int, folder: str) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
     num_envs = TOTAL // size
     with distributed.group(size > 1, "cpu"):
-        result = train(num_envs, rank * num_envs)
+        first = rank * num_envs
+        result = {
+            "one task": train(SharedPoint(num_envs, first), first),
+            "two tasks": train(two_tasks(num_envs, first), first),
+        }
         if size > 1:
             result["others"] = others(rank)
         torch.save(result, Path(folder) / f"{size}-{rank}.pt")

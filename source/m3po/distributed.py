@@ -52,6 +52,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def own_share(count: int) -> list[bool]:
+    """Which of a number of things are left to this process, dealt out in turn; also before the group is connected."""
+    size, number = started_by_torchrun(), int(os.environ.get("RANK", "0"))
+    return [k % size == number for k in range(count)]
+
+
 def check_start(wanted: bool) -> None:
     """Compare ``--distributed`` with how this process was started.
 

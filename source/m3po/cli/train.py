@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(description="Train one agent on one or several tasks of any suite.")
     suite_job.add_common_arguments(parser)
     add_distributed(parser)
+    parser.add_argument(
+        "--split_tasks",
+        "--split-tasks",
+        action="store_true",
+        help="With --distributed: deal the tasks out to the processes, instead of giving each some of every task.",
+    )
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
     start = parser.add_mutually_exclusive_group()
@@ -106,9 +112,10 @@ def _main(argv: list[str]) -> int:
         stack.enter_context(distributed.group(args.in_group, job.device))
         job.seed = job.train_cfg["seed"] = distributed.shared(job.seed)
         _check_start(job)
-        launch = Launch(suite_job.experiment_dir(job), lambda: _create_run(job))
+        sizes = [sum(of_task) for of_task in zip(*distributed.collected(job.sizes), strict=True)]
+        launch = Launch(suite_job.experiment_dir(job), lambda: _create_run(job, sizes))
         run_dir, checkpoint = launch.run_dir, launch.checkpoint or checkpoint
-        _report(job, run_dir)
+        _report(job, sizes, run_dir)
         evaluator = None
         if args.eval_interval > 0 and distributed.is_main():
             order = {"arguments": job.arguments(), "num_envs": args.eval_envs}
@@ -150,6 +157,8 @@ def _check_start(job: suite_job.SuiteJob) -> None:
         UserError: If the options or the tasks do not fit.
     """
     args = job.args
+    if args.split_tasks and not args.in_group:
+        raise UserError("--split_tasks deals tasks out to several processes, which --distributed connects.")
     if args.train_only == "embedding" and not (job.multi_task and (args.checkpoint or args.transfer)):
         raise UserError("--train_only embedding needs trained networks: --transfer, or --checkpoint of several tasks.")
     if args.transfer is None:
@@ -166,15 +175,15 @@ def _check_start(job: suite_job.SuiteJob) -> None:
         print(f"[m3po] new tasks: {', '.join(new)}")
 
 
-def _report(job: suite_job.SuiteJob, run_dir: Path) -> None:
-    """Print what was chosen."""
+def _report(job: suite_job.SuiteJob, sizes: list[int], run_dir: Path) -> None:
+    """Print what was chosen; ``sizes`` are the environments of each task in all processes."""
     algorithm = job.train_cfg["algorithm"]
     model, planner = algorithm["world_model"], algorithm["planner"]
-    tasks = ", ".join(f"{name} x {size}" for name, size in zip(job.names, job.sizes, strict=True))
+    tasks = ", ".join(f"{name} x {size}" for name, size in zip(job.names, sizes, strict=True))
     print(f"[m3po] tasks ({len(job.names)}): {tasks}")
     print(f"[m3po] algorithm: {job.args.algo}, seed: {job.seed}, device: {job.device}")
-    together = f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    print(f"[m3po] environments: {sum(job.sizes)}{together}, steps per rollout: {job.train_cfg['num_steps_per_env']}")
+    together = f" in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    print(f"[m3po] environments: {sum(sizes)}{together}, steps per rollout: {job.train_cfg['num_steps_per_env']}")
     if job.args.algo == "m3po":
         budget = f"{planner['num_samples']} samples x {planner['num_iterations']} x horizon {planner['horizon']}"
         means = f"{planner['kernels']} kernels, {planner['epilogues']} epilogues, {planner['precision']}"
@@ -183,12 +192,12 @@ def _report(job: suite_job.SuiteJob, run_dir: Path) -> None:
     print(f"[m3po] run folder: {run_dir}")
 
 
-def _create_run(job: suite_job.SuiteJob) -> Path:
+def _create_run(job: suite_job.SuiteJob, sizes: list[int]) -> Path:
     """Create the run's folder, with ``run.json``: what the run was. It records no environment variables."""
     run_dir = suite_job.create_run_dir(job, job.args.run_name)
     manifest = {
         "tasks": job.names,
-        "num_envs": job.sizes,
+        "num_envs": sizes,
         "processes": distributed.world_size(),
         "created_at": datetime.now(UTC).isoformat(),
         "command": sys.orig_argv[1:],

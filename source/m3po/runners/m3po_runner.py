@@ -172,7 +172,7 @@ class M3PORunner(OnPolicyRunner):
             "time_model": times.get("update_model", 0.0),
             "gpu_memory_mib": torch.cuda.max_memory_allocated(self.device) / 2**20 if watch.cuda else 0.0,
             "learning_rate": self.alg.learning_rate,
-            "action_std": self.alg.get_policy().output_std.mean().item(),
+            "action_std": distributed.mean(self.alg.get_policy().output_std.mean(), self.env.num_envs).item(),
         }
 
     def _configure_multi_gpu(self) -> None:
