@@ -69,6 +69,7 @@ MISTAKES = {
         (*ANT, "--algo", "ppo", "--num_envs", "1", "agent.algorithm.num_mini_batches=33"),
         "the 32 samples of a rollout, got 33",
     ),
+    "distributed alone": ((*ANT, "--distributed"), "torch.distributed.run"),
     "unknown device": (("--task", "Isaac-Ant", "--device", "gpu"), "use cpu, cuda or cuda:N"),
     "absent device": (("--task", "Isaac-Ant", "--device", "cuda:99"), "is not available"),
     "Kit without Isaac Sim": ((*ANT, "--viz", "kit"), "needs Isaac Sim"),

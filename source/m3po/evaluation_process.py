@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from m3po import distributed
 from m3po.cli.arguments import guarded
 from m3po.errors import M3POError
 from m3po.stopping import leave_signals_to_the_parent
@@ -108,7 +109,7 @@ class EvaluationProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=distributed.child_environment() | {"OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is for the training, which then closes this
             )
         self._reader = threading.Thread(target=_read, args=(self._process.stdout, self._replies), daemon=True)

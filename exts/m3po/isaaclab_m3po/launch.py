@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from m3po import distributed
 from m3po.cli.arguments import Parser, at_least, check_device
 from m3po.errors import M3POError, UserError
 
@@ -161,6 +162,8 @@ def prepare(request: Request, play: bool = False) -> Job:
     args = request.args
     task = resolve_task(args.task)
     device = check_device(args.device)
+    if getattr(args, "in_group", False):
+        device = distributed.local_device(device)
     agents.set_device(device)
     heterogeneous.attach(task)
     entry = choose_agent(task, args.algo, args.agent)
@@ -204,14 +207,15 @@ def report(job: Job) -> None:
     print(f"[m3po] device: {job.device}, torch threads: {torch.get_num_threads()} ({source})")
     print(f"[m3po] assets: {job.assets}")
     steps = job.agent_cfg.num_steps_per_env
-    print(f"[m3po] environments: {job.env_cfg.scene.num_envs}, steps per rollout: {steps}")
+    together = f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    print(f"[m3po] environments: {job.env_cfg.scene.num_envs}{together}, steps per rollout: {steps}")
     if job.algo == "m3po":
         print(agents.describe(job.agent_cfg, ENTRY_POINTS.get(job.agent_entry, job.agent_entry)))
 
 
 def create_run_dir(job: Job) -> Path:
     """Create ``<log_root>/<algo>/<experiment>/<timestamp>[_run_name]``, never one that exists already."""
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    stamp = getattr(job.args, "run_timestamp", None) or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     name = f"{stamp}_{job.agent_cfg.run_name}" if job.agent_cfg.run_name else stamp
     parent = experiment_dir(job)
     try:
@@ -315,7 +319,7 @@ def environment(job: Job) -> Iterator[Any]:
     failure = None
     with launch_simulation(job.env_cfg, job.args):
         try:
-            configure_seed(job.agent_cfg.seed)
+            configure_seed(job.env_cfg.seed)
             multi_agent = isinstance(job.env_cfg, DirectMARLEnvCfg)
             try:
                 env = create_isaaclab_env(job.task, job.env_cfg, job.args, convert_marl_to_single_agent=multi_agent)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import m3po
+from m3po import distributed
 from m3po.manifest import environment_variables, git_revision, package_versions, write_json
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def write_manifest(job: Job, run_dir: Path) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "environment": environment_variables(),
         "num_envs": job.env_cfg.scene.num_envs,
+        "processes": distributed.world_size(),
         "overrides": job.overrides,
         "physics": {"config": type(physics).__name__, "solver": type(getattr(physics, "solver_cfg", None)).__name__},
         "assets": dataclasses.asdict(job.assets),

@@ -4,7 +4,8 @@ Isaac Lab imports this module before each of its commands (entry-point group ``i
 it themselves. After it, with any registered task that has an rsl_rl configuration,
 
 * ``isaaclab train --rl_library rsl_rl --task TASK --agent m3po_cfg_entry_point`` runs under the stock runner, and
-* ``isaaclab train --rl_library m3po --task TASK`` runs under :class:`m3po.runners.M3PORunner`.
+* ``isaaclab train --rl_library m3po --task TASK`` runs under :class:`m3po.runners.M3PORunner`, and so does
+  ``isaaclab train_multigpu``.
 
 A task that is registered later, by code of your own, is attached with ``isaaclab_m3po.registration.attach()``.
 """
@@ -49,7 +50,7 @@ def add_backends() -> bool:
     Returns:
         Whether this Isaac Lab has the table of backends; the table is private, so another version may not.
     """
-    from isaaclab_rl.entrypoints import dispatch
+    from isaaclab_rl.entrypoints import api, dispatch
 
     table = getattr(dispatch, "_BACKEND_MODULES", None)
     if not isinstance(table, dict) or not all(isinstance(table.get(action), dict) for action in BACKENDS):
@@ -61,6 +62,8 @@ def add_backends() -> bool:
         return False
     for action, module in BACKENDS.items():
         table[action]["m3po"] = module
+    # Read when train_multigpu starts, which is after the task packages have been imported.
+    api.MULTI_GPU_BACKENDS = (*dict.fromkeys((*getattr(api, "MULTI_GPU_BACKENDS", ()), "m3po")),)
     return True
 
 

@@ -8,6 +8,7 @@ import torch
 from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
+from m3po import distributed
 from m3po.algorithms.returns import gae, vtrace
 from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg
@@ -56,7 +57,7 @@ class AdvantageEstimator:
         return self.critic(obs).squeeze(-1) * self.units(task)
 
     def evaluate(self, rollout: RolloutStorage, obs: TensorDict) -> torch.Tensor:
-        """Fill in values, returns and advantages, the latter standardised per task.
+        """Fill in values, returns and advantages, the latter standardised per task over all processes.
 
         Args:
             rollout: Finished rollout, whose ``values`` are the critic's outputs.
@@ -82,12 +83,12 @@ class AdvantageEstimator:
             returns, advantages = vtrace(*episode, st.log_pi - st.log_beta, self.gamma, cfg.lam)
         st.returns.copy_(returns)
         std = torch.ones(self.tasks.count, device=advantages.device)
+        everyone, task = distributed.gather(advantages[~st.lost]), distributed.gather(st.task[~st.lost])
         for k in range(self.tasks.count):
-            mine = (st.task == k) & ~st.lost
-            own = advantages[mine]
+            mine, own = (st.task == k) & ~st.lost, everyone[task == k]
             if own.numel() > 1:
                 std[k] = own.std() + 1e-8
-                advantages[mine] = (own - own.mean()) / std[k]
+                advantages[mine] = (advantages[mine] - own.mean()) / std[k]
         st.advantages.copy_(advantages)
         return std
 

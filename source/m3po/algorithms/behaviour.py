@@ -9,6 +9,7 @@ import torch
 from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
+from m3po import distributed
 from m3po.algorithms.tasks import Tasks
 from m3po.config import PlannerCfg, planner_at
 from m3po.models import WorldModel
@@ -67,12 +68,14 @@ class Behaviour:
             encode_obs: Observation groups -> the model's observation vector, (..., O).
             cfg: Planner.
             tasks: Tasks of the environments.
-            seed: Seed of the planner's noise.
+            seed: Seed of the planner's noise, the same in all processes.
         """
         self.actor, self.model, self.encode_obs = actor, model, encode_obs
         self.tasks, self.seed = tasks, seed
         self.imagination = Imagination(model, cfg, tasks.discounts)
-        self.generator = torch.Generator(device=tasks.ids.device).manual_seed(seed)
+        self.generator = torch.Generator(device=tasks.ids.device).manual_seed(seed + distributed.rank())
+        self.first_env = distributed.rows_before(len(tasks.ids), tasks.ids.device)
+        """Where the environments of this process begin among those of all, whose numbers key the planner's noise."""
         self.step = 0
         self._fallbacks, self._plans = torch.zeros_like(tasks.ids), 0
         self._rows = [(tasks.ids == k).nonzero().squeeze(-1) for k in range(tasks.count)]
@@ -120,7 +123,7 @@ class Behaviour:
         ids = self.planned_ids
         mu, sigma, task = prior.mean[ids], prior.std[ids], self.tasks.ids[ids]
         z = self.model.encode(self.encode_obs(obs)[ids], task)
-        plan = self.planner.plan(z, mu, sigma, task, ids, self.step, self._mask(task))
+        plan = self.planner.plan(z, mu, sigma, task, ids + self.first_env, self.step, self._mask(task))
         plan, usable = _usable(plan, mu, sigma)
         self._fallbacks.index_add_(0, ids, (~usable).long())
         self._plans += len(ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from m3po import distributed
 from m3po.config import BonusCfg
 from m3po.models import WorldModel
 
@@ -50,7 +51,7 @@ def value_gap(
 
 
 def centre(eps: torch.Tensor, task: torch.Tensor, num_tasks: int, mode: str) -> torch.Tensor:
-    """Centre the gap within each task.
+    """Centre the gap within each task, over all processes.
 
     Args:
         eps: Gaps in deviations of the advantage, shape (B,).
@@ -62,17 +63,18 @@ def centre(eps: torch.Tensor, task: torch.Tensor, num_tasks: int, mode: str) -> 
         Centred gaps, shape (B,).
     """
     centred = torch.zeros_like(eps)
+    everyone, everyones_task = distributed.gather(eps), distributed.gather(task)
     for k in range(num_tasks):
-        mine = task == k
-        if not mine.any():
+        mine, own = task == k, everyone[everyones_task == k]
+        if own.numel() == 0:
             continue
-        own = eps[mine]
         if mode == "mean":
-            centred[mine] = own - own.mean()
+            centred[mine] = eps[mine] - own.mean()
         else:
-            offset = own - own.median()
+            median = own.median()
             # 1.4826 * MAD estimates the deviation of a Gaussian.
-            centred[mine] = (offset / (1.4826 * offset.abs().median()).clamp_min(1e-8)).clamp(-3.0, 3.0)
+            scale = (1.4826 * (own - median).abs().median()).clamp_min(1e-8)
+            centred[mine] = ((eps[mine] - median) / scale).clamp(-3.0, 3.0)
     return centred
 
 

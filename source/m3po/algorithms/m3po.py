@@ -18,6 +18,7 @@ from rsl_rl.env import VecEnv
 from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
+from m3po import distributed
 from m3po.algorithms.advantage_estimator import AdvantageEstimator
 from m3po.algorithms.behaviour import Behaviour
 from m3po.algorithms.bonus import add_bonus, annealed_alpha, centre, value_gap
@@ -26,7 +27,6 @@ from m3po.algorithms.model_learning import ModelLearner, explained_variance
 from m3po.algorithms.policy_learning import PolicyLearner
 from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg
-from m3po.errors import UserError
 from m3po.models import WorldModel
 from m3po.models.task_policy import TaskGaussian, task_of
 from m3po.stopwatch import Stopwatch
@@ -175,7 +175,6 @@ class M3PO:
         """How far the behaviour was from the prior, and how well the critic explains the returns."""
         st = self.storage
         planned = st.planned
-        count = planned.sum().clamp_min(1)
         rho = (st.log_pi - st.log_beta).exp().clamp(max=1.0)
         if self.cfg.planner.execution == "projected":
             kl = 0.5 * ((st.plan_mean - st.mean) / st.std).square().sum(-1)
@@ -183,13 +182,18 @@ class M3PO:
             kl = st.log_beta - st.log_pi
         units = self.estimator.units(st.task)
         value_ev = explained_variance(st.values / units, st.returns / units, ~st.lost, st.task, self.tasks.count)
+        parts = (torch.ones_like(rho), planned, kl * planned, st.plan_gain * planned, (st.plan_gain > 0) & planned)
+        sums = distributed.total(torch.stack([x.sum().to(rho) for x in (*parts, rho, rho.square())])).tolist()
+        samples, count, kl_sum, gain, accepted, rho_sum, rho_squares = sums
         return {
-            "planner/share": planned.float().mean().item(),
-            "planner/kl": ((kl * planned).sum() / count).item(),
-            "planner/gain": ((st.plan_gain * planned).sum() / count).item(),
-            "planner/fallback": self.behaviour.read_fallbacks(),
-            "planner/accepted": (((st.plan_gain > 0) & planned).sum() / count).item(),
-            "policy/effective_sample_size": (rho.sum().square() / rho.square().sum() / rho.numel()).item(),
+            "planner/share": count / samples,
+            "planner/kl": kl_sum / max(1, count),
+            "planner/gain": gain / max(1, count),
+            "planner/fallback": distributed.means({"fallback": self.behaviour.read_fallbacks()}, self.device)[
+                "fallback"
+            ],
+            "planner/accepted": accepted / max(1, count),
+            "policy/effective_sample_size": rho_sum**2 / rho_squares / samples,
             "policy/value_ev": value_ev.mean().item(),
         }
 
@@ -214,8 +218,8 @@ class M3PO:
         centred = centre(gap / self.advantage_std[task], task, len(self.advantage_std), cfg.centering)
         centred = (centred * (st.next_obs_valid & ~st.lost).flatten()).view_as(st.advantages)
         with_bonus = add_bonus(st.advantages, centred, alpha, cfg.floor)
-        metrics["bonus/gap"] = gap.mean().item()
-        metrics["bonus/mean_abs"] = (with_bonus - st.advantages).abs().mean().item()
+        sizes = torch.stack((gap.mean(), (with_bonus - st.advantages).abs().mean()))
+        metrics["bonus/gap"], metrics["bonus/mean_abs"] = distributed.mean(sizes, weight=len(gap)).tolist()
         st.advantages.copy_(with_bonus)
         return metrics
 
@@ -349,8 +353,8 @@ class M3PO:
             guard.load_state(part)
 
     def broadcast_parameters(self) -> None:
-        """Send all parameters of rank 0 to the other ranks."""
-        for network in (self.actor, self.critic, self.model):
+        """Send all parameters and statistics of rank 0 to the other ranks."""
+        for network in (self.actor, self.critic, self.model, self.estimator.rewards):
             for tensor in network.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
         self.behaviour.imagination.model_changed()
@@ -368,8 +372,6 @@ class M3PO:
         Raises:
             UserError: If the configuration does not fit the environment.
         """
-        if cfg.get("multi_gpu"):
-            raise UserError("M3PO does not average gradients over several processes yet; run a single process.")
         algorithm_cfg = parse_algorithm_cfg(cfg["algorithm"])
         num_steps = cfg["num_steps_per_env"]
         check_cfg(algorithm_cfg, env.num_envs, num_steps, device, env.num_actions)

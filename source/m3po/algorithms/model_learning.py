@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from tensordict import TensorDict
 
+from m3po import distributed
 from m3po.algorithms.step_guard import StepGuard
 from m3po.models import WorldModel
 from m3po.models.world_model import balanced_bce
@@ -53,14 +54,17 @@ class ModelLearner:
         num_steps = cfg.steps_per_iteration + round(cfg.extra_steps * extra)
         self.guard.begin()
         for _ in range(num_steps):
-            losses = self.losses(ring.sample(cfg.batch_size, cfg.horizon))
+            batch = ring.sample(cfg.batch_size, cfg.horizon)
+            losses = self.losses(batch)
             self.optimizer.zero_grad(set_to_none=True)
             self.guard.backward(self.total(losses))
+            distributed.average_gradients(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.max_grad_norm)
             self.guard.step(norm)
             for name, loss in {**losses, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach()
-        return {name: (total / num_steps).item() for name, total in sums.items()}
+        means = {name: (total / num_steps).item() for name, total in sums.items()}
+        return distributed.means(means, batch.rewards.device)
 
     def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         """Weighted sum of the loss terms."""
@@ -74,7 +78,10 @@ class ModelLearner:
         )
 
     def losses(self, batch: Sequences) -> dict[str, torch.Tensor]:
-        """Loss terms of a batch of sub-sequences, each a scalar averaged over valid steps weighted by ``rho**k``."""
+        """Loss terms of a batch of sub-sequences, each a scalar averaged over valid steps weighted by ``rho**k``.
+
+        Of several processes, the mean of the terms is the average over the valid steps of all of them.
+        """
         model, cfg, task = self.model, self.model.cfg, batch.task
         horizon = batch.actions.shape[1]
         with torch.no_grad():
@@ -111,17 +118,19 @@ class ModelLearner:
         deviation = (model.prior(z.detach(), embedding) - target_action) / std
         prior = 0.5 * (deviation * self.action_mask[task]).square().sum(-1)
         reward_weight = weight * ~batch.terminated if cfg.terminal_reward else weight
+        sizes = distributed.mean(torch.stack([w.sum() for w in (next_weight, reward_weight, weight)]))
+        next_size, reward_size, size = sizes.clamp_min(1e-8)  # all terms are 0 where no weight is left
         return {
-            "consistency": _mean(consistency, next_weight),
-            "reward": _mean(reward, reward_weight),
-            "value": _mean(value, weight),
-            "continuation": _mean(continuation, weight),
-            "prior": _mean(prior, weight),
+            "consistency": (consistency * next_weight).sum() / next_size,
+            "reward": (reward * reward_weight).sum() / reward_size,
+            "value": (value * weight).sum() / size,
+            "continuation": (continuation * weight).sum() / size,
+            "prior": (prior * weight).sum() / size,
         }
 
     @torch.no_grad()
     def measure(self, batch: Sequences) -> dict[str, torch.Tensor]:
-        """Quality on data that the model has not trained on.
+        """Quality on data that the model has not trained on, that of all processes.
 
         Returns:
             For each task, (K,) each: ``skill_1`` and ``skill_H``: one minus the k-step latent error over the error of
@@ -158,17 +167,21 @@ class ModelLearner:
 
 
 def mean_per_task(x: torch.Tensor, mask: torch.Tensor, task: torch.Tensor, num_tasks: int) -> torch.Tensor:
-    """Mean of the masked elements of each task, (K,), 0 where there are none; all arguments have the same shape."""
+    """Mean of the masked elements of each task over all processes, (K,), 0 where there are none.
+
+    All arguments have the same shape.
+    """
     weight = mask.flatten().to(x.dtype)
     zero = torch.zeros(num_tasks, dtype=x.dtype, device=x.device)
     count = zero.index_add(0, task.flatten(), weight)
-    return zero.index_add(0, task.flatten(), x.flatten() * weight) / count.clamp_min(1.0)
+    count, total = distributed.total(torch.stack((count, zero.index_add(0, task.flatten(), x.flatten() * weight))))
+    return total / count.clamp_min(1.0)
 
 
 def explained_variance(
     predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, task: torch.Tensor, num_tasks: int
 ) -> torch.Tensor:
-    """``1 - Var(target - predicted) / Var(target)`` over the masked elements of each task, (K,).
+    """``1 - Var(target - predicted) / Var(target)`` over the masked elements of each task in all processes, (K,).
 
     0 where the target does not vary. All arguments have the same shape.
     """
@@ -180,8 +193,3 @@ def explained_variance(
     spread = variance(target)
     explained = 1.0 - variance(target - predicted) / spread.clamp_min(1e-12)
     return torch.where(spread > 1e-12, explained, 0.0)
-
-
-def _mean(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted mean, 0 where no weight is left."""
-    return (x * weight).sum() / weight.sum().clamp_min(1e-8)

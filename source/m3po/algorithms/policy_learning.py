@@ -9,6 +9,7 @@ import torch
 from rsl_rl.models import MLPModel
 from torch import nn
 
+from m3po import distributed
 from m3po.algorithms.policy_loss import distillation_loss, surrogate_loss, value_loss
 from m3po.algorithms.step_guard import StepGuard
 from m3po.config import AlgorithmCfg
@@ -45,24 +46,26 @@ class PolicyLearner:
 
     def train(self, rollout: RolloutStorage) -> dict[str, float]:
         """Run all epochs. Returns the mean of each loss, and the share of clipped ratios in the first epoch."""
-        cfg = self.cfg
+        cfg, samples = self.cfg, 0
         sums: dict[str, float] = {}
         updates = cfg.num_learning_epochs * cfg.num_mini_batches
         self.guard.begin()
         for i, batch in enumerate(rollout.mini_batches(cfg.num_mini_batches, cfg.num_learning_epochs)):
             terms, clipped = self._losses(batch)
+            samples += len(batch["actions"])
             loss = terms["surrogate"] + cfg.value_loss_coef * terms["value"] - cfg.entropy_coef * terms["entropy"]
             if cfg.distill_coef > 0.0:
                 loss = loss + cfg.distill_coef * terms["distillation"]
             self.optimizer.zero_grad(set_to_none=True)
             self.guard.backward(loss)
+            distributed.average_gradients(self.optimizer, weight=len(batch["actions"]))
             networks = (self.actor, self.critic)
             self.guard.step(*(nn.utils.clip_grad_norm_(x.parameters(), cfg.max_grad_norm) for x in networks))
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item() / updates
             if i < cfg.num_mini_batches:
                 sums["clipped_share"] = sums.get("clipped_share", 0.0) + clipped.item() / cfg.num_mini_batches
-        return sums
+        return distributed.means(sums, batch["actions"].device, weight=samples)
 
     def _losses(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Loss terms of a mini-batch, and its share of clipped ratios. Adapts the learning rate on the way."""
@@ -92,8 +95,9 @@ class PolicyLearner:
 
     @torch.no_grad()
     def _adapt_learning_rate(self, old: tuple[torch.Tensor, ...], new: tuple[torch.Tensor, ...]) -> None:
-        """rsl_rl's adaptive schedule: keep the KL of an update near ``desired_kl``."""
-        kl = self.actor.get_kl_divergence(old, new).mean()
+        """rsl_rl's adaptive schedule: keep the KL of an update, over all processes, near ``desired_kl``."""
+        kl = self.actor.get_kl_divergence(old, new)
+        kl = distributed.mean(kl.mean(), weight=len(kl))
         if kl > 2.0 * self.cfg.desired_kl:
             self._set_learning_rate(max(1e-5, self.learning_rate / 1.5))
         elif 0.0 < kl < 0.5 * self.cfg.desired_kl:

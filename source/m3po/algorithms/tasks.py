@@ -46,7 +46,7 @@ class Tasks:
         """
         if not hasattr(env, "task_ids"):
             return cls.single(env.num_envs, env.num_actions, gamma, device)
-        ids = env.task_ids.to(device)
-        first = torch.stack([(ids == k).nonzero()[0, 0] for k in range(env.num_tasks)])
         discounts = env.discounts.to(device) if env.num_tasks > 1 else torch.tensor([gamma], device=device)
-        return cls(ids, discounts, env.action_mask.to(device)[first], conditioned=True)
+        # Not from the environments' own masks: a process may hold no environment of a task.
+        mask = torch.arange(env.num_actions) < torch.tensor(env.action_dims)[:, None]
+        return cls(env.task_ids.to(device), discounts, mask.to(device), conditioned=True)

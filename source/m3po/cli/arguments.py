@@ -37,6 +37,16 @@ def guarded(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
         return INTERRUPTED
 
 
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Add ``--distributed``, as ``args.in_group``: Isaac Lab's functions read ``distributed`` as "on GPUs"."""
+    parser.add_argument(
+        "--distributed",
+        dest="in_group",
+        action="store_true",
+        help="Train together with the other processes that torchrun has started; --num_envs is that of each.",
+    )
+
+
 def at_least(minimum: int) -> Callable[[str], int]:
     """Argument type: an integer that is not smaller than ``minimum``."""
 

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from rsl_rl.env import VecEnv
 
+from m3po import distributed
 from m3po.algorithms.construction import check_cfg
 from m3po.cli.arguments import at_least, check_device
 from m3po.cli.overrides import assign, parse_value
 from m3po.config import AlgorithmCfg
+from m3po.envs.absent import AbsentEnv
 from m3po.envs.member_process import ProcessMember
 from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
 from m3po.envs.suite import TaskInfo, expand, find_task, named_sets
@@ -49,7 +51,7 @@ class SuiteJob:
     """The tasks."""
 
     sizes: list[int]
-    """Environments of each task."""
+    """Environments of each task in this process."""
 
     device: str
     """Torch device of agent and environments."""
@@ -66,7 +68,8 @@ class SuiteJob:
     def arguments(self) -> list[str]:
         """Options that recreate this job in another process."""
         args = self.args
-        options = {"--task": args.task, "--algo": args.algo, "--agent": args.agent, "--num_envs": sum(self.sizes)}
+        num_envs = max(sum(self.sizes), len(self.sizes))  # that process has all tasks
+        options = {"--task": args.task, "--algo": args.algo, "--agent": args.agent, "--num_envs": num_envs}
         options |= {"--seed": self.seed, "--device": self.device, "--assets": args.assets}
         options["--processes"] = args.processes
         flags = ["--multi_task"] if self.multi_task else []
@@ -146,6 +149,8 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
     if args.processes == "none" and needy:
         raise UserError(f"{', '.join(needy)} cannot share a process; --processes auto gives each its own.")
     device = check_device(args.device)
+    if getattr(args, "in_group", False):
+        device = distributed.local_device(device)
     sizes = _sizes(args, names, device)
     seed = random.randrange(2**31) if args.seed == -1 else args.seed
     multi_task = args.multi_task or len(infos) > 1 or getattr(args, "transfer", None) is not None
@@ -160,14 +165,17 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
 
 
 def _sizes(args: argparse.Namespace, names: list[str], device: str) -> list[int]:
-    """Environments of each task."""
+    """Environments of each task in this process."""
+    own = distributed.own_share(len(names)) if getattr(args, "split_tasks", False) else [True] * len(names)
+    if not any(own):
+        raise UserError(f"{len(names)} tasks cannot be split over {distributed.started_by_torchrun()} processes.")
     if args.num_envs is None:
         each = args.num_envs_per_task or NUM_ENVS[torch.device(device).type]
-        return [each] * len(names)
-    if args.num_envs < len(names):
-        raise UserError(f"--num_envs {args.num_envs} leaves no environment for some of {len(names)} tasks.")
-    share, remainder = divmod(args.num_envs, len(names))
-    return [share + (k < remainder) for k in range(len(names))]
+        return [each * mine for mine in own]
+    if args.num_envs < sum(own):
+        raise UserError(f"--num_envs {args.num_envs} leaves no environment for some of {sum(own)} tasks.")
+    share, remainder = divmod(args.num_envs, sum(own))
+    return [(share + (sum(own[:k]) < remainder)) * mine for k, mine in enumerate(own)]
 
 
 def _train_cfg(
@@ -199,6 +207,8 @@ def environments(
 ) -> Iterator[VecEnv]:
     """Create the environments of a job; they end with the context.
 
+    Where a task has none in this process, the others tell its sizes.
+
     Args:
         job: The checked request.
         sizes: Environments of each task.
@@ -211,8 +221,10 @@ def environments(
     """
     torch.manual_seed(seed)
     with contextlib.ExitStack() as stack:
-        members = []
+        members: list[Member] = []
         for k, (info, size) in enumerate(zip(job.infos, sizes, strict=True)):
+            if size == 0:
+                continue
             suite, task = find_task(info.name)
             if job.args.processes == "all" or (suite.own_process and job.args.processes == "auto"):
                 options = {"suite": suite.name, "task": task, "num_envs": size, "device": job.device}
@@ -227,9 +239,29 @@ def environments(
         if not job.multi_task:
             yield members[0].env.connect() if isinstance(env, ProcessMember) else env
             return
-        batch = MultiTaskVecEnv(members, job.device, restart)
+        batch = MultiTaskVecEnv(with_absent(members, job.infos, job.device), job.device, restart)
         stack.callback(batch.close)  # first, because it tells all processes to stop at once
         yield batch
+
+
+def with_absent(members: list[Member], infos: list[TaskInfo], device: str) -> list[Member]:
+    """Members of all tasks in order, those of other processes with no environments."""
+    if min(distributed.collected(len(members))) == len(infos):
+        return members
+    sizes = {}
+    for member in members:
+        if isinstance(member.env, ProcessMember):
+            member.env.connect()
+        obs_dim = member.env.get_observations()["policy"].shape[1]
+        sizes[member.name] = (obs_dim, member.env.num_actions, int(member.env.max_episode_length))
+    for theirs in distributed.collected(sizes):
+        sizes |= theirs
+    own = {member.name: member for member in members}
+    return [
+        own.get(info.name)
+        or Member(info.name, AbsentEnv(*sizes[info.name], device), info.score_range, info.reports_success)
+        for info in infos
+    ]
 
 
 def experiment_dir(job: SuiteJob) -> Path:

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 import m3po
+from m3po import distributed
 from m3po.cli import suite_job
-from m3po.cli.arguments import Parser, at_least, guarded
+from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
 from m3po.cli.training import add_checkpoint_arguments, add_start_arguments, train
+from m3po.elastic import Launch
 from m3po.envs.suite import suites
 from m3po.errors import UserError
 from m3po.evaluation_process import EvaluationProcess
@@ -44,6 +46,13 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description="Train one agent on one or several tasks of any suite.")
     suite_job.add_common_arguments(parser)
+    add_distributed(parser)
+    parser.add_argument(
+        "--split_tasks",
+        "--split-tasks",
+        action="store_true",
+        help="With --distributed: deal the tasks out to the processes, instead of giving each some of every task.",
+    )
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
     start = parser.add_mutually_exclusive_group()
@@ -91,38 +100,45 @@ def _main(argv: list[str]) -> int:
     """Check everything, then create the environments and train."""
     job = suite_job.prepare(_parser(), argv)
     args = job.args
+    distributed.check_start(args.in_group)
     checkpoint = suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
-    resumed = None
-    if args.resume:
-        run_dir, resumed = suite_job.find_run(job, args.resume)
-        record_resumption(run_dir, resumed, sys.orig_argv[1:])
-    else:
-        _check_start(job)
-        run_dir = suite_job.create_run_dir(job, args.run_name)
-        _write_manifest(job, run_dir)
-    _report(job, run_dir)
     stop = StopSignals()
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.caught())
+        stack.enter_context(distributed.group(args.in_group, job.device))
+        job.seed = job.train_cfg["seed"] = distributed.shared(job.seed)
+        found = suite_job.find_run(job, args.resume) if args.resume else None
+        if found is None:
+            _check_start(job)
+        sizes = [sum(of_task) for of_task in zip(*distributed.collected(job.sizes), strict=True)]
+        launch = Launch(suite_job.experiment_dir(job), lambda: found[0] if found else _create_run(job, sizes))
+        run_dir, resumed = launch.run_dir, launch.checkpoint or (found and found[1])
+        if resumed is not None and distributed.is_main():
+            record_resumption(run_dir, resumed, sys.orig_argv[1:])
+        _report(job, sizes, run_dir)
         evaluator = None
-        if args.eval_interval > 0:
+        if args.eval_interval > 0 and distributed.is_main():
             order = {"arguments": job.arguments(), "num_envs": args.eval_envs}
             evaluator = EvaluationProcess("m3po.cli.evaluate", order, run_dir / "evaluation.log")
             stack.callback(evaluator.close)
-        env = stack.enter_context(
-            suite_job.environments(job, job.sizes, job.seed, run_dir, restart=args.restart_members)
-        )
+        own_dir = run_dir if distributed.is_main() else run_dir / f"rank_{distributed.rank()}"
+        own_dir.mkdir(exist_ok=True)
+        seed = job.seed + distributed.rank()
+        env = stack.enter_context(suite_job.environments(job, job.sizes, seed, own_dir, restart=args.restart_members))
         train_cfg = job.train_cfg | {"eval_interval": args.eval_interval, "keep_checkpoints": args.keep_checkpoints}
         runner = M3PORunner(env, train_cfg, str(run_dir), job.device, evaluator, stop)
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)
-        if args.transfer is not None:
+        if args.transfer is not None and launch.checkpoint is None:
             runner.transfer(args.transfer, args.init_task_from)
         if args.train_only == "embedding":
             print("[m3po] training nothing but task embeddings and action noise")
             train_embedding_only(runner.alg)
-        return train(runner, job.train_cfg["max_iterations"], resumed, init_at_random_ep_len=True)
+        code = train(runner, run_dir, job.train_cfg["max_iterations"], resumed, init_at_random_ep_len=True)
+        if code == 0:
+            launch.finish()
+    return code
 
 
 def _check_start(job: suite_job.SuiteJob) -> None:
@@ -132,6 +148,8 @@ def _check_start(job: suite_job.SuiteJob) -> None:
         UserError: If the options or the tasks do not fit.
     """
     args = job.args
+    if args.split_tasks and not args.in_group:
+        raise UserError("--split_tasks deals tasks out to several processes, which --distributed connects.")
     if args.train_only == "embedding" and not (job.multi_task and (args.checkpoint or args.transfer)):
         raise UserError("--train_only embedding needs trained networks: --transfer, or --checkpoint of several tasks.")
     if args.transfer is None:
@@ -148,14 +166,15 @@ def _check_start(job: suite_job.SuiteJob) -> None:
         print(f"[m3po] new tasks: {', '.join(new)}")
 
 
-def _report(job: suite_job.SuiteJob, run_dir: Path) -> None:
-    """Print what was chosen."""
+def _report(job: suite_job.SuiteJob, sizes: list[int], run_dir: Path) -> None:
+    """Print what was chosen; ``sizes`` are the environments of each task in all processes."""
     algorithm = job.train_cfg["algorithm"]
     model, planner = algorithm["world_model"], algorithm["planner"]
-    tasks = ", ".join(f"{name} x {size}" for name, size in zip(job.names, job.sizes, strict=True))
+    tasks = ", ".join(f"{name} x {size}" for name, size in zip(job.names, sizes, strict=True))
     print(f"[m3po] tasks ({len(job.names)}): {tasks}")
     print(f"[m3po] algorithm: {job.args.algo}, seed: {job.seed}, device: {job.device}")
-    print(f"[m3po] environments: {sum(job.sizes)}, steps per rollout: {job.train_cfg['num_steps_per_env']}")
+    together = f" in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    print(f"[m3po] environments: {sum(sizes)}{together}, steps per rollout: {job.train_cfg['num_steps_per_env']}")
     if job.args.algo == "m3po":
         budget = f"{planner['num_samples']} samples x {planner['num_iterations']} x horizon {planner['horizon']}"
         means = f"{planner['kernels']} kernels, {planner['epilogues']} epilogues, {planner['precision']}"
@@ -164,11 +183,13 @@ def _report(job: suite_job.SuiteJob, run_dir: Path) -> None:
     print(f"[m3po] run folder: {run_dir}")
 
 
-def _write_manifest(job: suite_job.SuiteJob, run_dir: Path) -> None:
-    """Write ``run.json``: what the run was."""
+def _create_run(job: suite_job.SuiteJob, sizes: list[int]) -> Path:
+    """Create the run's folder, with ``run.json``: what the run was."""
+    run_dir = suite_job.create_run_dir(job, job.args.run_name)
     manifest = {
         "tasks": job.names,
-        "num_envs": job.sizes,
+        "num_envs": sizes,
+        "processes": distributed.world_size(),
         "created_at": datetime.now(UTC).isoformat(),
         "command": sys.orig_argv[1:],
         "algorithm": job.args.algo,
@@ -183,3 +204,4 @@ def _write_manifest(job: suite_job.SuiteJob, run_dir: Path) -> None:
         "configuration": {"agent": job.train_cfg},
     }
     write_json(run_dir / "run.json", manifest)
+    return run_dir

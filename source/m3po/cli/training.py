@@ -40,12 +40,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def train(runner: M3PORunner, iterations: int, resumed: Path | None, init_at_random_ep_len: bool) -> int:
+def train(runner: M3PORunner, run_dir: Path, iterations: int, resumed: Path | None, init_at_random_ep_len: bool) -> int:
     """Train to the end or to a signal, and say which.
 
     Args:
-        runner: Runner with a run folder.
-        iterations: Iterations; of a resumed run, in all.
+        runner: Runner.
+        run_dir: Folder of the run.
+        iterations: Iterations of the run, those before it was resumed included.
         resumed: Checkpoint to resume the run from.
         init_at_random_ep_len: As in :meth:`M3PORunner.learn`.
 
@@ -54,7 +55,7 @@ def train(runner: M3PORunner, iterations: int, resumed: Path | None, init_at_ran
     """
     if resumed is not None:
         runner.resume(str(resumed))
-        done = runner.current_learning_iteration
+        done = runner.current_learning_iteration - runner.first_iteration
         print(f"[m3po] resuming from {resumed}: {done} of {iterations} iterations are done", flush=True)
         if done >= iterations:
             print("[m3po] the run is complete; a larger --max_iterations would go on", flush=True)
@@ -63,9 +64,9 @@ def train(runner: M3PORunner, iterations: int, resumed: Path | None, init_at_ran
     try:
         runner.learn(iterations, init_at_random_ep_len)
     except Stop as stop:
-        path = Path(runner.log_dir) / LAST
+        path = run_dir / LAST
         word = "interrupted" if stop.exit_code == INTERRUPTED else f"stopped by {stop.signal.name}"
         print(f"\n[m3po] {word}; " + (f"saved {path}" if path.exists() else "nothing was learnt yet"), flush=True)
         return stop.exit_code
-    print(f"[m3po] trained for {time.perf_counter() - start:.1f} s; checkpoints in {runner.log_dir}")
+    print(f"[m3po] trained for {time.perf_counter() - start:.1f} s; checkpoints in {run_dir}")
     return 0

@@ -1,12 +1,15 @@
 """Running statistics kept per task, so that one task's scale never drowns another's.
 
-All of them change only when ``update`` is called: they are frozen during a rollout and its policy update.
+All of them change only when ``update`` is called: they are frozen during a rollout and its policy update. What several
+processes bring to an ``update`` is merged in all of them.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+from m3po import distributed
 
 
 class TaskNormalizer(nn.Module):
@@ -29,11 +32,11 @@ class TaskNormalizer(nn.Module):
         """Merge a batch of rows (B, D) of tasks (B,) into the running statistics (parallel Welford)."""
         for k in range(self.count.shape[0]):
             rows = x if self.count.shape[0] == 1 else x[task == k]
-            if rows.shape[0] == 0:
+            count, mean, var = distributed.moments(rows)
+            if count == 0:
                 continue
-            total = self.count[k] + rows.shape[0]
-            rate = rows.shape[0] / total
-            mean, var = rows.mean(0), rows.var(0, unbiased=False)
+            total = self.count[k] + count
+            rate = count / total
             delta = mean - self.mean[k]
             self.mean[k] += rate * delta
             self.var[k] += rate * (var - self.var[k] + delta * (mean - self.mean[k]))
@@ -63,22 +66,22 @@ class RewardStatistics(nn.Module):
     @torch.no_grad()
     def update(self, reward: torch.Tensor, terminated: torch.Tensor, task: torch.Tensor) -> None:
         """Merge a rollout's rewards (B,), true terminations (B,) and tasks (B,)."""
+        sums = []
         for k in range(self.count.shape[0]):
-            mine = task == k
-            alive = mine & ~terminated
-            fallen = mine & terminated
-            n, n_alive, n_fallen = mine.sum(), alive.sum(), fallen.sum()
+            alive, fallen = (task == k) & ~terminated, (task == k) & terminated
+            counts = (alive.sum().to(reward), fallen.sum().to(reward))
+            sums.append(torch.stack((*counts, (reward.square() * alive).sum(), (reward * fallen).sum())))
+        for k, (n_alive, n_fallen, squares, fall_reward) in enumerate(distributed.total(torch.stack(sums))):
+            n = n_alive + n_fallen
             seen_alive = self.count[k] - self.falls[k]
             self.square[k] += (
-                n_alive
-                / (seen_alive + n_alive).clamp_min(1)
-                * ((reward.square() * alive).sum() / n_alive.clamp_min(1) - self.square[k])
+                n_alive / (seen_alive + n_alive).clamp_min(1) * (squares / n_alive.clamp_min(1) - self.square[k])
             )
             self.rate[k] += n / (self.count[k] + n).clamp_min(1) * (n_fallen / n.clamp_min(1) - self.rate[k])
             self.terminal[k] += (
                 n_fallen
                 / (self.falls[k] + n_fallen).clamp_min(1)
-                * ((reward * fallen).sum() / n_fallen.clamp_min(1) - self.terminal[k])
+                * (fall_reward / n_fallen.clamp_min(1) - self.terminal[k])
             )
             self.count[k] += n
             self.falls[k] += n_fallen

@@ -1,7 +1,12 @@
-"""Returns, lengths, success and scores per task over one iteration, kept on the device until it ends."""
+"""Returns, lengths, success and scores per task over one iteration, kept on the device until it ends.
+
+Those of several processes are put together when they are read: all know the episodes of all, in the order in which one
+process with all environments would have seen them.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -10,6 +15,7 @@ from typing import Any
 import torch
 from rsl_rl.env import VecEnv
 
+from m3po import distributed
 from m3po.evaluation import capped_score, is_success_rate
 
 
@@ -33,7 +39,8 @@ class EpisodeStatistics:
             num_envs: Environments N.
             device: Torch device of the bookkeeping.
             task_names: Names of the K tasks.
-            task_ids: Task of each environment, (N,), int64; needed for several tasks only.
+            task_ids: Task of each environment, (N,), int64; needed for several tasks only. A task may have no
+                environment in this process.
             score_ranges: Returns that mean a score of 0 and of 1, for each task that has them.
         """
         self.task_names, self.score_ranges = tuple(task_names), tuple(score_ranges)
@@ -89,6 +96,8 @@ class EpisodeStatistics:
 
     def read(self) -> dict[str, float]:
         """Statistics since the last call: the only host synchronisation of an iteration's bookkeeping.
+
+        All processes of a group must call it at the same time.
 
         Returns of tasks with different scales cannot be averaged over episodes. So ``mean_return``, ``mean_length``,
         ``mean_step_reward`` and ``success`` are means over tasks of the task's own means; of one task they are its
@@ -147,12 +156,13 @@ class EpisodeStatistics:
         """Values of each task, those that are known."""
         episodes = self._close_episodes()
         count, ids = len(self.task_names), self._tasks.cpu()
-        sizes = torch.bincount(ids, minlength=count).tolist()
-        rewards, steps = torch.zeros(2, count).double().index_add(1, ids, self._rewards.double().cpu()).tolist()
+        rows = torch.cat((self._rewards.double().cpu(), torch.ones(1, len(ids)).double()))
+        sums = distributed.collected(torch.zeros(3, count).double().index_add(1, ids, rows))
+        rewards, steps, sizes = torch.stack(sums).sum(0).tolist()
         self._rewards.zero_()
         tasks = []
         for k, name in enumerate(self.task_names):
-            task = {"episodes": episodes[k], "share": sizes[k] / len(ids)}
+            task = {"episodes": episodes[k], "share": sizes[k] / sum(sizes)}
             if steps[k]:
                 task["step_reward"] = rewards[k] / steps[k]
             means = _episode_means(self._windows[k], self.score_ranges[k], self._success_rates.get(name))
@@ -163,19 +173,22 @@ class EpisodeStatistics:
         """Move the episodes that finished since the last call to their tasks' windows. Returns how many per task."""
         finished, values = (torch.stack(x) for x in zip(*self._steps, strict=True))
         self._steps.clear()
-        owners = self._tasks.expand_as(finished)[finished].unsqueeze(0)
-        table = torch.cat((owners, values.movedim(1, 0)[:, finished])).double().cpu()
-        owners = table[0].long()
-        for task, episode in zip(owners.tolist(), table[1:].T.tolist(), strict=True):
+        steps, rows = finished.nonzero(as_tuple=True)
+        table = torch.cat((torch.stack((steps, self._tasks[rows])), values.movedim(1, 0)[:, finished])).double().cpu()
+        table = torch.cat(distributed.collected(table), dim=1)
+        table = table[:, table[0].argsort(stable=True)]
+        owners = table[1].long()
+        for task, episode in zip(owners.tolist(), table[2:].T.tolist(), strict=True):
             self._windows[task].append(episode)
         return torch.bincount(owners, minlength=len(self.task_names)).tolist()
 
     def _read_log(self) -> dict[str, float]:
         """Means of the environment's own log; a single task's success rate also under the name ``success``."""
         values: dict[str, list[float]] = {}
-        for log in self._logs:
+        logs = [{key: float(torch.as_tensor(x).float().mean()) for key, x in log.items()} for log in self._logs]
+        for log in itertools.chain.from_iterable(distributed.collected(logs)):
             for key, value in log.items():
-                values.setdefault(key, []).append(float(torch.as_tensor(value).float().mean()))
+                values.setdefault(key, []).append(value)
         result: dict[str, float] = {}
         for key, series in values.items():
             name = key if "/" in key else f"Episode/{key}"

@@ -14,8 +14,9 @@ from rsl_rl.env import VecEnv
 from rsl_rl.runners import OnPolicyRunner
 from tensordict import TensorDict
 
+from m3po import distributed
 from m3po.algorithms import M3PO
-from m3po.errors import CheckpointError, M3POError, UserError
+from m3po.errors import CheckpointError, M3POError
 from m3po.runners.checkpoint import (
     BEST,
     FORMAT,
@@ -61,6 +62,9 @@ class M3PORunner(OnPolicyRunner):
     ``model_last.pt``, with what an exact continuation needs besides; ``model_best.pt`` (by evaluation), TensorBoard
     events, ``progress.csv`` and ``evaluations.csv``; of several tasks also ``tasks.csv``, ``task_evaluations.csv`` and
     the report on their embeddings.
+
+    Of several processes (:mod:`m3po.distributed`), each has environments of its own; the first one alone writes, prints
+    and evaluates, and reports all of them.
     """
 
     KEPT = 10
@@ -88,15 +92,21 @@ class M3PORunner(OnPolicyRunner):
             stop: Signals that end :meth:`learn` after the iteration that runs.
         """
         self._agent = json.dumps(train_cfg, default=str)  # before rsl_rl takes it apart
+        if not distributed.is_main():
+            log_dir = evaluator = None
         super().__init__(env, train_cfg, log_dir=log_dir, device=device)
         self.log_dir = log_dir
         self.evaluator = evaluator
         self.stop = stop or StopSignals()
+        self.all_envs = sum(distributed.collected(env.num_envs))
+        """Environments of all processes."""
         self.reporter = Reporter(log_dir)
         self.quarantine = Quarantine(self.env, self.cfg, log_dir, self.device)
         self.statistics = EpisodeStatistics.of(env, device)
         self.best_return = float("-inf")
         self.env_steps, self.seconds = 0, 0.0
+        self.first_iteration = 0
+        """Where the run began: later than 0 if it started with a checkpoint of another."""
         self._unevaluated: dict[int, str] = {}
         """Checkpoints whose evaluation has not come back yet, by iteration."""
         self._episodes_run = False
@@ -124,6 +134,8 @@ class M3PORunner(OnPolicyRunner):
                 self.env.episode_length_buf = torch.randint_like(steps, high=int(self.env.max_episode_length))
         obs = self.quarantine.first(self.env.get_observations().to(self.device))
         self.alg.train_mode()
+        if self.is_distributed:
+            self.alg.broadcast_parameters()
         watch = getattr(self.alg, "stopwatch", Stopwatch(self.device))
         first = self.current_learning_iteration
         try:
@@ -142,12 +154,20 @@ class M3PORunner(OnPolicyRunner):
                 metrics = getattr(self.alg, "metrics", {}) | self.quarantine.metrics
                 self.reporter.report(row, losses, metrics)
                 eta = (self.seconds - start_seconds) / (it + 1 - first) * (total - it - 1)
-                print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
+                if distributed.is_main():
+                    print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
                 self._checkpoint(it, last=it + 1 == total)
-                if self.stop.received:
+                if self._stopped():
                     if self.log_dir is not None:
                         self.save(os.path.join(self.log_dir, LAST), resumable=True)
                     break
+
+    def _stopped(self) -> bool:
+        """Whether a signal has reached any of the processes; if so, all of them stop."""
+        received = [number for number in distributed.collected(self.stop.received) if number is not None]
+        if received:
+            self.stop.received = self.stop.received or received[0]
+        return bool(received)
 
     def _iteration(
         self, it: int, obs: TensorDict, watch: Stopwatch
@@ -166,7 +186,7 @@ class M3PORunner(OnPolicyRunner):
         end = time.perf_counter()
 
         self.seconds += end - begin
-        self.env_steps += self.env.num_envs * self.cfg["num_steps_per_env"]
+        self.env_steps += self.all_envs * self.cfg["num_steps_per_env"]
         self.current_learning_iteration = it
         row = self._row(it, self.statistics, watch, collected - begin, end - collected)
         return obs, row | self.quarantine.task_metrics, losses
@@ -201,9 +221,9 @@ class M3PORunner(OnPolicyRunner):
     def _row(
         self, it: int, statistics: EpisodeStatistics, watch: Stopwatch, collect: float, update: float
     ) -> dict[str, float]:
-        """Columns of the report for one iteration."""
+        """Columns of the report for one iteration; times and memory are those of this process."""
         times = watch.read()
-        steps = self.env.num_envs * self.cfg["num_steps_per_env"]
+        steps = self.all_envs * self.cfg["num_steps_per_env"]
         return {
             "iteration": it,
             "env_steps": self.env_steps,
@@ -219,14 +239,21 @@ class M3PORunner(OnPolicyRunner):
             "time_model": times.get("update_model", 0.0),
             "gpu_memory_mib": torch.cuda.max_memory_allocated(self.device) / 2**20 if watch.cuda else 0.0,
             "learning_rate": self.alg.learning_rate,
-            "action_std": self.alg.get_policy().output_std.mean().item(),
+            "action_std": distributed.mean(self.alg.get_policy().output_std.mean(), self.env.num_envs).item(),
         }
 
     def _configure_multi_gpu(self) -> None:
-        """Refuse several processes: neither loop synchronises parameters, and PPO's ranks would drift apart unseen."""
-        if int(os.getenv("WORLD_SIZE", "1")) > 1:
-            raise UserError("training in several processes is not supported yet; run a single process.")
-        super()._configure_multi_gpu()
+        """Tell rsl_rl of the processes that are connected; it would connect GPUs alone, and those by NCCL alone.
+
+        Raises:
+            UserError: If this is one of several processes that are not connected.
+        """
+        self.gpu_world_size, self.gpu_global_rank = distributed.world_size(), distributed.rank()
+        self.gpu_local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.is_distributed = self.gpu_world_size > 1
+        distributed.check_start(self.is_distributed)
+        ranks = {"global_rank": self.gpu_global_rank, "local_rank": self.gpu_local_rank}
+        self.cfg["multi_gpu"] = ranks | {"world_size": self.gpu_world_size} if self.is_distributed else None
 
     # -- checkpoints and evaluation -----------------------------------------------------------------------------------
 
@@ -329,6 +356,7 @@ class M3PORunner(OnPolicyRunner):
             "env_steps": self.env_steps,
             "seconds": self.seconds,
             "best_return": self.best_return,
+            "first_iteration": self.first_iteration,
         }
         if resumable:
             content["resume"] = {
@@ -350,6 +378,7 @@ class M3PORunner(OnPolicyRunner):
         """
         content = read_checkpoint(path, map_location or self.device)
         self._load(path, content, load_cfg, strict)
+        self.first_iteration = self.current_learning_iteration
         return content["infos"]
 
     def _load(self, path: str, content: dict[str, Any], load_cfg: dict | None = None, strict: bool = True) -> None:
@@ -365,6 +394,8 @@ class M3PORunner(OnPolicyRunner):
     def resume(self, path: str) -> None:
         """Go on with the run in :attr:`log_dir` from one of its checkpoints, as if it had never stopped.
 
+        Of several processes, all call this; networks, optimisers and counters go on then, the rest starts afresh.
+
         The result is the same, bit for bit on a CPU, from ``model_last.pt`` and where the environments tell their
         state; what is missing for that is said. Rows of later iterations leave the run's tables.
 
@@ -378,12 +409,16 @@ class M3PORunner(OnPolicyRunner):
         self._load(path, content)
         for change in _changes(json.loads(content["m3po"]["agent"]), json.loads(self._agent)):
             print(f"[m3po] not as before: {change}", flush=True)
-        folder = Path(self.log_dir)
-        rewind(folder, self.current_learning_iteration - 1, self.env_steps)
-        self._keep_best(folder)
-        state = content.get("resume")
+        state, folder = content.get("resume"), Path(path).parent
+        if distributed.is_main():
+            rewind(folder, self.current_learning_iteration - 1, self.env_steps)
+            self._keep_best(folder)
+            self._evaluate_again(folder, state["unevaluated"] if state else {})
         if state is None:
             print(f"[m3po] '{path}' holds networks, optimisers and counters alone; the rest starts afresh.", flush=True)
+            return
+        if distributed.world_size() > 1:
+            print("[m3po] of several processes, ring, random numbers and episodes start afresh.", flush=True)
             return
         if state["algorithm"] is not None:
             self.alg.restore(state["algorithm"])
@@ -392,7 +427,6 @@ class M3PORunner(OnPolicyRunner):
         if not self._episodes_run:
             print("[m3po] these environments do not tell their whole state; new episodes begin.", flush=True)
         self.statistics.load_state_dict(state["statistics"], running=self._episodes_run)
-        self._evaluate_again(folder, state["unevaluated"])
         restore_random_state(state["random"])  # last, because to build anything draws from them
 
     def _keep_best(self, folder: Path) -> None:

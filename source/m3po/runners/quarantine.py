@@ -18,6 +18,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po import distributed
 from m3po.config import QUARANTINE_SHARE, check_quarantine_share
 from m3po.late_flag import LateFlag
 from m3po.runners.flight_recorder import FlightRecorder, is_sound
@@ -121,17 +122,19 @@ class Quarantine:
         quarantined, lost = self._counts.cpu()
         self._counts = torch.zeros_like(self._counts)
         self._num_messages = 0
-        self.affected = (lost > 0).float().mean().item()
-        self.metrics = {"robust/quarantined": float(quarantined.sum()), "robust/lost_steps": float(lost.sum())}
-        if quarantined.any():
+        sums = torch.stack((quarantined.sum(), lost.sum(), (lost > 0).sum(), torch.tensor(len(lost))))
+        events, steps, affected, envs = distributed.total(sums).tolist()
+        self.affected = affected / envs
+        self.metrics = {"robust/quarantined": float(events), "robust/lost_steps": float(steps)}
+        if events:
             print(
-                f"[m3po] {quarantined.sum()} quarantines in this rollout, in {self.affected:.1%} of the environments; "
-                f"{lost.sum()} steps lost",
+                f"[m3po] {events} quarantines in this rollout, in {self.affected:.1%} of the environments; "
+                f"{steps} steps lost",
                 flush=True,
             )
         if len(self._task_names) > 1:
             sums = torch.zeros(len(self._task_names), dtype=torch.long).index_add(0, self._task_ids, quarantined)
-            counts = zip(self._task_names, sums.tolist(), strict=True)
+            counts = zip(self._task_names, distributed.total(sums).tolist(), strict=True)
             self.task_metrics = {f"task/{name}/quarantined": float(count) for name, count in counts}
 
     @property

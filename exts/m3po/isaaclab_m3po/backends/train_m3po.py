@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3po.cli.arguments import Parser, at_least, guarded
+from m3po import distributed
+from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
+from m3po.elastic import Launch
 from m3po.errors import UserError
 
 from .. import launch
@@ -32,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = Parser(description="Train M3PO, or rsl_rl's PPO in the same harness, on an Isaac Lab task.")
     launch.add_common_arguments(parser)
+    add_distributed(parser)
+    parser.add_argument("--run_timestamp", help="Name of the run folder instead of the time (train_multigpu gives it).")
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
@@ -45,16 +49,39 @@ def _main(argv: list[str]) -> int:
     """Check everything, then simulate and train."""
     request = launch.parse(_parser(), argv)
     job = launch.prepare(request)
+    in_group = job.args.in_group
+    distributed.check_start(in_group)
     checkpoint = launch.resolve_checkpoint(job, job.args.checkpoint) if job.args.checkpoint else None
-    run_dir, resumed = launch.find_run(job, job.args.resume) if job.args.resume else (launch.create_run_dir(job), None)
-    launch.report(job)
-    print(f"[m3po] run folder: {run_dir}")
-    return _train(job, run_dir, checkpoint, resumed)
+    with distributed.group(in_group, job.device):
+        job.agent_cfg.seed = distributed.shared(job.agent_cfg.seed)
+        job.env_cfg.seed = job.agent_cfg.seed + distributed.rank()
+        found = launch.find_run(job, job.args.resume) if job.args.resume else None
+        attempts = Launch(launch.experiment_dir(job), lambda: found[0] if found else _create_run(job))
+        resumed = attempts.checkpoint or (found and found[1])
+        launch.report(job)
+        print(f"[m3po] run folder: {attempts.run_dir}")
+        code = _train(job, attempts.run_dir, checkpoint, resumed)
+        if code == 0:
+            attempts.finish()
+    return code
+
+
+def _create_run(job: launch.Job) -> Path:
+    """Create the run's folder, with what the run is."""
+    from isaaclab_rl.entrypoints.common import dump_train_configs
+
+    from ..manifest import write_manifest
+
+    run_dir = launch.create_run_dir(job)
+    job.env_cfg.log_dir = str(run_dir)
+    write_manifest(job, run_dir)
+    dump_train_configs(str(run_dir), job.env_cfg, job.agent_cfg)
+    return run_dir
 
 
 def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None, resumed: Path | None) -> int:
     """Simulate and train; a signal saves what has been learnt."""
-    from isaaclab_rl.entrypoints.common import dump_train_configs, scoped_torch_backend_flags
+    from isaaclab_rl.entrypoints.common import scoped_torch_backend_flags
 
     from m3po.cli.training import train
     from m3po.runners import M3PORunner
@@ -62,19 +89,15 @@ def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None, resumed: Pat
     from m3po.stopping import StopSignals
 
     from ..evaluation_worker import EvaluationWorker
-    from ..manifest import write_manifest
 
     job.env_cfg.log_dir = str(run_dir)
-    if resumed is None:
-        write_manifest(job, run_dir)
-        dump_train_configs(str(run_dir), job.env_cfg, job.agent_cfg)
-    else:
+    if resumed is not None and distributed.is_main():
         record_resumption(run_dir, resumed, sys.orig_argv[1:])
     options = {name: getattr(job.args, name) for name in ("eval_interval", "keep_checkpoints")}
     stop = StopSignals()
     with contextlib.ExitStack() as stack:
         evaluator = None
-        if job.args.eval_interval > 0:
+        if job.args.eval_interval > 0 and distributed.is_main():
             evaluator = EvaluationWorker(job, run_dir / "evaluation.log", job.args.eval_envs)
             stack.callback(evaluator.close)
         flags = scoped_torch_backend_flags(  # Isaac Lab's choice for training
@@ -90,4 +113,4 @@ def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None, resumed: Pat
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)
-        return train(runner, job.agent_cfg.max_iterations, resumed, job.agent_cfg.init_at_random_ep_len)
+        return train(runner, run_dir, job.agent_cfg.max_iterations, resumed, job.agent_cfg.init_at_random_ep_len)
