@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, run_process
+from test_train_cli import tensors
 
 from m3po import distributed
 from m3po.cli import suite_job, train
@@ -32,6 +33,7 @@ def trained(tmp_path_factory) -> dict[str, dict]:
     result = run_process([sys.executable, REPOSITORY / "tests/toy_ranks.py", folder, free_port()], timeout=300)
     assert result.rc == 0, result.stderr[-3000:]
     assert result.stdout.count("Iteration 5/5") == 4  # of two processes one prints
+    assert "holds networks, optimisers and counters alone" not in result.stdout
     return {path.stem: torch.load(path, weights_only=True) for path in Path(folder).glob("*.pt")}
 
 
@@ -72,6 +74,16 @@ def test_m3po_under_rsl_rls_runner_and_ppo_under_ours_stay_the_same_in_all_proce
     assert set(first) == {"M3PO, stock runner", "PPO"}
     for name, policy in first.items():
         assert torch.equal(policy, second[name]), name
+
+
+def test_each_of_two_processes_goes_on_exactly(trained):
+    """Rings, random numbers and episodes are those of each process."""
+    for key in ("2-0", "2-1"):
+        whole, parts = (tensors(trained[key]["resumed"][name]) for name in ("whole", "parts"))
+        assert len(whole) > 30 and whole.keys() == parts.keys()
+        assert [name for name, value in whole.items() if not torch.equal(parts[name], value)] == []
+    first, second = (tensors(trained[key]["resumed"]["whole"]) for key in ("2-0", "2-1"))
+    assert any(not torch.equal(second[name], value) for name, value in first.items())
 
 
 def test_one_process_exchanges_nothing():

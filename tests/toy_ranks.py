@@ -27,6 +27,8 @@ from m3po.runners import M3PORunner
 
 TOTAL, ITERATIONS = 128, 5
 
+OWN_NOISE = GaussianDistribution.sample
+
 
 class SharedPoint(PointEnv):
     """Environments ``first`` to ``first + num_envs - 1`` of :data:`TOTAL`; their episodes end at different times."""
@@ -122,6 +124,24 @@ def others(rank: int) -> dict[str, torch.Tensor]:
     return policies
 
 
+def resumed(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """All that a process knows after four iterations, and after two and two more in other objects."""
+    GaussianDistribution.sample = OWN_NOISE
+    states = {}
+    for name, parts in (("whole", (4,)), ("parts", (2, 2))):
+        torch.manual_seed(rank)
+        (folder / name).mkdir(exist_ok=True)
+        for k, iterations in enumerate(parts):
+            cfg = runner_cfg(planner={"share": 0.5, "min_skill": None, "min_reward_ev": None})
+            run = M3PORunner(PointEnv(16, seed=rank), cfg, str(folder / name))
+            if k > 0:
+                torch.manual_seed(99)
+                run.resume(str(folder / name / "model_last.pt"))
+            run.learn(iterations, init_at_random_ep_len=True)
+        states[name] = {"learnt": run.alg.save(), "resume": run._resume_state()}
+    return states
+
+
 def work(rank: int, size: int, folder: str) -> None:
     """Everything that one process does."""
     if size > 1:
@@ -136,6 +156,7 @@ def work(rank: int, size: int, folder: str) -> None:
         }
         if size > 1:
             result["others"] = others(rank)
+            result["resumed"] = resumed(rank, Path(folder))
         torch.save(result, Path(folder) / f"{size}-{rank}.pt")
 
 

@@ -92,6 +92,8 @@ class M3PORunner(OnPolicyRunner):
             stop: Signals that end :meth:`learn` after the iteration that runs.
         """
         self._agent = json.dumps(train_cfg, default=str)  # before rsl_rl takes it apart
+        self.run_dir = log_dir
+        """Folder of the run, where each process keeps what it needs to go on; the first one writes all else."""
         if not distributed.is_main():
             log_dir = evaluator = None
         super().__init__(env, train_cfg, log_dir=log_dir, device=device)
@@ -158,8 +160,8 @@ class M3PORunner(OnPolicyRunner):
                     print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
                 self._checkpoint(it, last=it + 1 == total)
                 if self._stopped():
-                    if self.log_dir is not None:
-                        self.save(os.path.join(self.log_dir, LAST), resumable=True)
+                    if self.run_dir is not None:
+                        self._save_last()
                     break
 
     def _stopped(self) -> bool:
@@ -259,18 +261,20 @@ class M3PORunner(OnPolicyRunner):
 
     def _checkpoint(self, it: int, last: bool) -> None:
         """Save and evaluate when it is time to."""
-        if self.log_dir is None:
+        if self.run_dir is None:
             return
         interval = self.cfg.get("eval_interval", 0)
         evaluate = self.evaluator is not None and interval > 0 and ((it + 1) % interval == 0 or last)
-        path = os.path.join(self.log_dir, f"model_{it}.pt")
-        if evaluate or last or (it + 1) % self.cfg["save_interval"] == 0:
+        path = os.path.join(self.run_dir, f"model_{it}.pt")
+        if distributed.shared(evaluate or last or (it + 1) % self.cfg["save_interval"] == 0):
             try:
-                self.save(path)
+                if distributed.is_main():
+                    self.save(path)
                 if evaluate:
                     self._unevaluated[it] = path
-                self.save(os.path.join(self.log_dir, LAST), resumable=True)
-                self._remove_old()
+                self._save_last()
+                if distributed.is_main():
+                    self._remove_old()
             except CheckpointError as error:
                 if last:
                     raise
@@ -279,6 +283,14 @@ class M3PORunner(OnPolicyRunner):
             self.evaluator.submit(path, it)
         if self.evaluator is not None:
             self._record(self.evaluator.poll())
+
+    def _save_last(self) -> None:
+        """Write the checkpoint that the run goes on from; other processes than the first write their own part of it."""
+        if distributed.is_main():
+            self.save(os.path.join(self.run_dir, LAST), resumable=True)
+        else:
+            own = {"actor_state_dict": {}, "iter": self.current_learning_iteration, "resume": self._resume_state()}
+            write_checkpoint(_part(Path(self.run_dir)), own)
 
     def _remove_old(self) -> None:
         """Remove the oldest numbered checkpoints, but none that waits for its evaluation."""
@@ -359,14 +371,19 @@ class M3PORunner(OnPolicyRunner):
             "first_iteration": self.first_iteration,
         }
         if resumable:
-            content["resume"] = {
-                "algorithm": self.alg.resume_state() if isinstance(self.alg, M3PO) else None,
-                "random": random_state(),
-                "statistics": self.statistics.state_dict(),
-                "environment": self.env.state_dict() if hasattr(self.env, "state_dict") else None,
-                "unevaluated": {it: os.path.basename(path) for it, path in self._unevaluated.items()},
-            }
+            content["resume"] = self._resume_state()
         write_checkpoint(path, content)
+
+    def _resume_state(self) -> dict[str, Any]:
+        """What this process needs to go on exactly, besides what all of them have learnt."""
+        return {
+            "processes": distributed.world_size(),
+            "algorithm": self.alg.resume_state() if isinstance(self.alg, M3PO) else None,
+            "random": random_state(),
+            "statistics": self.statistics.state_dict(),
+            "environment": self.env.state_dict() if hasattr(self.env, "state_dict") else None,
+            "unevaluated": {it: os.path.basename(path) for it, path in self._unevaluated.items()},
+        }
 
     def load(
         self, path: str, load_cfg: dict | None = None, strict: bool = True, map_location: str | None = None
@@ -394,7 +411,7 @@ class M3PORunner(OnPolicyRunner):
     def resume(self, path: str) -> None:
         """Go on with the run in :attr:`log_dir` from one of its checkpoints, as if it had never stopped.
 
-        Of several processes, all call this; networks, optimisers and counters go on then, the rest starts afresh.
+        Of several processes, all call this, and if they are as many as before, each goes on with its own part.
 
         The result is the same, bit for bit on a CPU, from ``model_last.pt`` and where the environments tell their
         state; what is missing for that is said. Rows of later iterations leave the run's tables.
@@ -414,11 +431,11 @@ class M3PORunner(OnPolicyRunner):
             rewind(folder, self.current_learning_iteration - 1, self.env_steps)
             self._keep_best(folder)
             self._evaluate_again(folder, state["unevaluated"] if state else {})
-        if state is None:
+        elif state is not None:
+            state = _own_state(folder, content["iter"])
+        complete = state is not None and state["processes"] == distributed.world_size()
+        if not all(distributed.collected(complete)):
             print(f"[m3po] '{path}' holds networks, optimisers and counters alone; the rest starts afresh.", flush=True)
-            return
-        if distributed.world_size() > 1:
-            print("[m3po] of several processes, ring, random numbers and episodes start afresh.", flush=True)
             return
         if state["algorithm"] is not None:
             self.alg.restore(state["algorithm"])
@@ -476,6 +493,20 @@ def _evaluation_text(name: str, result: dict) -> str:
     if "score_mean" in result:
         return f"{name} score {result['score_mean']:.3f} (lowest {result['score_min']:.3f})"
     return f"{name} {result['return_mean']:.2f} +- {result['return_std']:.2f}"
+
+
+def _part(folder: Path) -> Path:
+    """File of what this process needs to go on, of several."""
+    return folder / f"rank_{distributed.rank()}.pt"
+
+
+def _own_state(folder: Path, iteration: int) -> dict[str, Any] | None:
+    """What this process needs to go on after an iteration; ``None`` if it was not saved then."""
+    try:
+        own = read_checkpoint(_part(folder), "cpu")
+    except CheckpointError:
+        return None
+    return own["resume"] if own["iter"] == iteration else None
 
 
 def _changes(before: Any, now: Any, path: str = "agent") -> Iterator[str]:
