@@ -175,7 +175,7 @@ class HeterogeneousVecEnv(VecEnv):
     a task have the same mask.
 
     ``obs_dims`` and ``action_dims`` are the full widths for every task, because a task's own dimensions are not the
-    first ones; ``action_mask``, (N, A), tells which they are.
+    first ones; ``action_masks``, (K, A), and ``action_mask``, (N, A), tell which they are.
     """
 
     def __init__(self, env: RslRlVecEnvWrapper, tasks: SceneTasks) -> None:
@@ -203,7 +203,8 @@ class HeterogeneousVecEnv(VecEnv):
         self.discounts = torch.tensor(tasks.discounts, device=self.device)
         self.max_episode_length = torch.tensor(self.episode_lengths, device=self.device)[self.task_ids]
         owner = torch.arange(self.num_tasks).repeat_interleave(torch.tensor(self.heads)).to(self.device)
-        self.action_mask = self.task_ids[:, None] == owner
+        self.action_masks = torch.arange(self.num_tasks, device=self.device)[:, None] == owner
+        self.action_mask = self.action_masks[self.task_ids]
         self.obs_dims = [obs["policy"].shape[1]] * self.num_tasks
         self.action_dims = [self.num_actions] * self.num_tasks
         self.score_ranges = [None] * self.num_tasks

@@ -47,6 +47,4 @@ class Tasks:
         if not hasattr(env, "task_ids"):
             return cls.single(env.num_envs, env.num_actions, gamma, device)
         discounts = env.discounts.to(device) if env.num_tasks > 1 else torch.tensor([gamma], device=device)
-        # Not from the environments' own masks: a process may hold no environment of a task.
-        mask = torch.arange(env.num_actions) < torch.tensor(env.action_dims)[:, None]
-        return cls(env.task_ids.to(device), discounts, mask.to(device), conditioned=True)
+        return cls(env.task_ids.to(device), discounts, env.action_masks.to(device), conditioned=True)

@@ -105,7 +105,9 @@ class MultiTaskVecEnv(VecEnv):
         self.task_ids = torch.arange(self.num_tasks).repeat_interleave(torch.tensor(self._sizes)).to(device)
         self.discounts = torch.tensor([task_discount(length) for length in self.episode_lengths], device=device)
         self.max_episode_length = self._per_env(self.episode_lengths)
-        self.action_mask = torch.arange(self.num_actions, device=device) < self._per_env(self.action_dims)[:, None]
+        dims = torch.tensor(self.action_dims, device=device)
+        self.action_masks = torch.arange(self.num_actions, device=device) < dims[:, None]
+        self.action_mask = self.action_masks[self.task_ids]
 
     def _padding(self) -> Padding:
         return Padding(self._sizes, self.obs_dims, self.device, kernel=torch.device(self.device).type == "cuda")
