@@ -88,7 +88,8 @@ def write_report(data: Path, reference: Path | None = None) -> str:
                 each = "".join(f"{seed:>5}: {f['prior']:.3g}" for seed, f in figures.items())
                 lines.append(text + f"{mean['planner']:>9.3g}{mean['seconds']:>9.0f}{each}")
         if good:
-            _plot(experiment, good, published, data / f"{experiment}.png")
+            single = [] if len(good[0]["tasks"]) == 1 else [run for run in runs if len(run["tasks"]) == 1]
+            _plot(experiment, good, single, published, data / f"{experiment}.png")
     (data / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return "\n".join(lines)
 
@@ -119,35 +120,66 @@ def _published(path: Path | None) -> dict[tuple[str, str], Curve]:
     return {key: dict(zip(("steps", "value"), np.array(sorted(points)).T, strict=True)) for key, points in rows.items()}
 
 
-def _plot(experiment: str, runs: list[dict[str, Any]], published: dict[tuple[str, str], Curve], path: Path) -> None:
-    """One panel per task: training curves against environment steps; thin lines are seeds, thick ones their mean."""
+def _plot(
+    experiment: str,
+    runs: list[dict[str, Any]],
+    single: list[dict[str, Any]],
+    published: dict[tuple[str, str], Curve],
+    path: Path,
+) -> None:
+    """One panel per task: training curves against environment steps; thin lines are seeds, thick ones their mean.
+
+    Of a run of several tasks, the agents of ``single`` are drawn beside it, which were trained on the task alone.
+    """
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(task for run in runs for task in run["tasks"]))
-    columns = min(len(tasks), 5)
+    columns = len(tasks) if len(tasks) < 4 else 3 if len(tasks) < 7 else 5
     figure = Figure(figsize=(1 + 3.6 * columns, 3.4 * -(-len(tasks) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(tasks) // columns), columns, squeeze=False).flat
+    axes = figure.subplots(-(-len(tasks) // columns), columns, squeeze=False).flatten()
     scale = 1 if tasks[0].startswith("Isaac") else FRAMES_PER_STEP
     for axis, task in zip(axes, tasks, strict=False):
         end = 0.0
         for arm, colour in ARM_COLOURS.items():
-            curves = [training_curves(run)[task] for run in runs if run["arm"] == arm]
-            curves = [curve for curve in curves if len(curve["steps"])]
-            if not curves:
-                continue
-            for curve in curves:
-                axis.plot(scale * curve["steps"], curve["value"], color=colour, alpha=0.3, lw=0.8)
-            grid = np.linspace(max(c["steps"][0] for c in curves), min(c["steps"][-1] for c in curves), 200)
-            mean = np.mean([np.interp(grid, c["steps"], c["value"]) for c in curves], axis=0)
-            axis.plot(scale * grid, mean, color=colour, lw=2, label=f"{arm} ({len(curves)} seeds)")
-            end = max(end, scale * grid[-1])
+            of_task = [run for run in runs if run["arm"] == arm]
+            end = max(end, _draw(axis, task, of_task, scale, colour, "-", arm))
+        for arm, colour in ARM_COLOURS.items():
+            alone = [run for run in single if run["arm"] == arm and run["tasks"] == [task] and not run.get("crashed")]
+            _draw(axis, task, alone, scale, colour, ":", f"{arm}, this task alone", end)
         for method, colour in PEER_COLOURS.items():
             if (task, method) in published:
                 curve = published[task, method]
                 shown = curve["steps"] <= 1.05 * end
                 axis.plot(curve["steps"][shown], curve["value"][shown], "o--", color=colour, ms=3, label=method)
         axis.set(title=task, xlabel="environment steps" if scale == 1 else "frames")
-    axes[0].legend(fontsize=7)
+        axis.legend(fontsize=6)
+    for axis in axes[len(tasks) :]:
+        axis.remove()
     if len(tasks) > 1:
         figure.suptitle(experiment)
     figure.savefig(path, dpi=90)
+
+
+def _draw(
+    axis: Any,
+    task: str,
+    runs: list[dict[str, Any]],
+    scale: int,
+    colour: str,
+    style: str,
+    label: str,
+    limit: float = np.inf,
+) -> float:
+    """Curves of a task and their mean, up to ``limit`` on the axis. Returns where the mean ends."""
+    curves = [training_curves(run)[task] for run in runs]
+    curves = [curve for curve in curves if len(curve["steps"])]
+    if not curves:
+        return 0.0
+    grid = np.linspace(max(c["steps"][0] for c in curves), min(c["steps"][-1] for c in curves), 400)
+    grid = grid[scale * grid <= 1.02 * limit]
+    for curve in curves:
+        shown = scale * curve["steps"] <= 1.02 * limit
+        axis.plot(scale * curve["steps"][shown], curve["value"][shown], style, color=colour, alpha=0.3, lw=0.8)
+    mean = np.mean([np.interp(grid, c["steps"], c["value"]) for c in curves], axis=0)
+    axis.plot(scale * grid, mean, style, color=colour, lw=2, label=f"{label} ({len(curves)} seeds)")
+    return scale * grid[-1]

@@ -10,6 +10,7 @@ from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms import M3PO
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.errors import UserError
 from m3po.evaluation import evaluate
 from m3po.models.task_policy import TaskGaussian
 from m3po.runners import M3PORunner
@@ -224,3 +225,13 @@ def test_the_gaussian_of_a_single_full_task_is_rsl_rls():
     assert torch.equal(ours.log_prob(action), theirs.log_prob(action))
     torch.testing.assert_close(ours.entropy, theirs.entropy)
     torch.testing.assert_close(ours.kl_divergence(ours.params, (mean + 1, ours.std)), torch.full((5,), 1.5 / 0.49))
+
+
+def test_each_task_begins_with_noise_of_its_own():
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    for std_type in ("scalar", "log"):
+        noise = TaskGaussian(3, mask, init_std=[0.5, 2.0], std_type=std_type)
+        std = noise.std_of(torch.tensor([0, 1]))
+        torch.testing.assert_close(std, torch.tensor([[0.5, 0.5, 1.0], [2.0, 2.0, 2.0]]))
+    with pytest.raises(UserError, match="init_std has 3 values for 2 tasks"):
+        TaskGaussian(3, mask, init_std=[1.0, 1.0, 1.0])

@@ -52,8 +52,11 @@ class IsaacLabSuite:
         from isaaclab_tasks.utils.hydra import resolve_presets
         from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
 
+        from .agents import INIT_STD
+
         cfg = resolve_presets(load_cfg_from_registry(task, "env_cfg_entry_point"))  # some are a choice of several
-        return TaskInfo(task, None, None, math.ceil(cfg.episode_length_s / (cfg.sim.dt * cfg.decimation)))
+        steps = math.ceil(cfg.episode_length_s / (cfg.sim.dt * cfg.decimation))
+        return TaskInfo(task, None, None, steps, init_std=INIT_STD)
 
     @contextlib.contextmanager
     def make(

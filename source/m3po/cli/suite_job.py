@@ -185,6 +185,8 @@ def _train_cfg(
     cfg = suite_runner_cfg(multi_task, device, AGENTS[args.agent], args.algo)
     if len(infos) == 1:
         cfg["algorithm"].gamma = task_discount(infos[0].episode_length)
+    deviations = [info.init_std for info in infos]
+    cfg["actor"]["distribution_cfg"]["init_std"] = deviations if len(set(deviations)) > 1 else deviations[0]
     names = [info.name for info in infos]
     cfg |= {"seed": seed, "experiment_name": args.experiment_name or _set_name(names), "task": ",".join(names)}
     if getattr(args, "max_iterations", None):

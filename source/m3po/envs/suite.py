@@ -39,6 +39,9 @@ class TaskInfo:
     reports_success: bool = False
     """Whether ``extras["success"]``, (N,), holds the success of episodes that end in a step; it is the score then."""
 
+    init_std: float = 1.0
+    """Deviation of the actions that training begins with."""
+
 
 class Suite(Protocol):
     """A family of tasks with one backend."""

@@ -6,6 +6,7 @@ Gaussian has a deviation per task and knows which action dimensions a task has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,18 +33,32 @@ def task_of(obs: TensorDict) -> torch.Tensor:
 class TaskGaussian(GaussianDistribution):
     """Gaussian with a deviation per task; dimensions that a task lacks are 0 and add nothing to any sum."""
 
-    def __init__(self, output_dim: int, action_mask: torch.Tensor, **distribution_cfg: Any) -> None:
-        """Start all tasks at the same deviation.
+    def __init__(
+        self,
+        output_dim: int,
+        action_mask: torch.Tensor,
+        init_std: float | Sequence[float] = 1.0,
+        **distribution_cfg: Any,
+    ) -> None:
+        """Set the deviations that training begins with.
 
         Args:
             output_dim: Action dimensions A of the largest task.
             action_mask: Dimensions that each task has, shape (K, A), boolean.
-            **distribution_cfg: Options of rsl_rl's ``GaussianDistribution``.
+            init_std: First deviation, of all tasks or of each.
+            **distribution_cfg: Other options of rsl_rl's ``GaussianDistribution``.
+
+        Raises:
+            UserError: If there are not as many deviations as tasks.
         """
-        super().__init__(output_dim, **distribution_cfg)
+        each = [init_std] * len(action_mask) if isinstance(init_std, (int, float)) else list(init_std)
+        if len(each) != len(action_mask):
+            raise UserError(f"init_std has {len(each)} values for {len(action_mask)} tasks.")
+        super().__init__(output_dim, init_std=each[0], **distribution_cfg)
         name = "std_param" if self.std_type == "scalar" else "log_std_param"
-        one = getattr(self, name)
-        setattr(self, name, nn.Parameter(one.data.repeat(len(action_mask), 1), requires_grad=one.requires_grad))
+        one, first = getattr(self, name), torch.tensor(each).unsqueeze(1).expand(-1, output_dim)
+        values = first.clone() if self.std_type == "scalar" else first.log()
+        setattr(self, name, nn.Parameter(values, requires_grad=one.requires_grad))
         self.register_buffer("action_mask", action_mask.clone(), persistent=False)
         self.task: torch.Tensor | None = None
 
