@@ -1,9 +1,7 @@
 """Signals, kills and full disks: what was learnt is on the disk, and readable."""
 
 import csv
-import multiprocessing
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_process
 from toy_env import PointEnv, runner_cfg
 
 from m3po.cli.training import train
@@ -31,50 +29,19 @@ def make_runner(folder: Path, stop: StopSignals | None = None) -> M3PORunner:
     return M3PORunner(PointEnv(16), cfg, str(folder), "cpu", stop=stop)
 
 
-def train_until_killed(folder: Path, first: int) -> None:
-    """The child: go on from the newest checkpoint, if there is one."""
-    os.dup2(os.open(folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    runner = make_runner(folder)
-    if first:
-        runner.resume(str(read_newest(folder)[0]))
-    runner.learn(10_000)
-
-
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_a_process_killed_at_random_moments_never_leaves_an_unreadable_checkpoint(tmp_path):
     """50 times SIGKILL: half of them at any moment of rollouts and updates, half in the midst of a write."""
-    rng, context = random.Random(0), multiprocessing.get_context("fork")
-    iterations, during_a_write, kills = 0, 0, 50
-    for kill in range(kills):
-        child = context.Process(target=train_until_killed, args=(tmp_path, iterations))
-        child.start()
-        deadline = time.monotonic() + 60
-        newest = (tmp_path / LAST).stat().st_mtime_ns if iterations else 0
-        while not (tmp_path / LAST).exists() or (tmp_path / LAST).stat().st_mtime_ns == newest:
-            assert child.is_alive(), (tmp_path / "output.log").read_text()[-2000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        if kill % 2:
-            while child.is_alive() and not list(tmp_path.glob(".model_*.tmp")):
-                assert time.monotonic() < deadline
-        else:
-            time.sleep(rng.uniform(0.0, 0.15))
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        during_a_write += bool(list(tmp_path.glob(".model_*.tmp")))
-        content = read_checkpoint(tmp_path / LAST)  # raises if it is not readable
-        assert content["iter"] >= iterations
-        assert content["resume"]["algorithm"]["ring"]["size"] > 0
-        for path in tmp_path.glob("model_*.pt"):
-            read_checkpoint(path)
-        iterations = content["iter"] + 1
-    assert during_a_write > 0, "no kill hit a write: the test tests nothing"
+    result = run_process([sys.executable, REPOSITORY / "tests/toy_kills.py", tmp_path, "50"], timeout=400)
+    assert result.rc == 0, result.stderr[-3000:]
+    kills, during_a_write, iterations = map(int, result.stdout.split())
+    assert kills == 50
+    assert during_a_write >= 20
     runner = make_runner(tmp_path)
     runner.resume(str(tmp_path / LAST))
+    assert runner.current_learning_iteration == iterations
     with open(tmp_path / "progress.csv", encoding="utf-8") as file:
         assert [int(row["iteration"]) for row in csv.DictReader(file)] == list(range(iterations))
     assert not list(tmp_path.glob(".*.tmp"))
-    print(f"{kills} kills, {during_a_write} during a write, {iterations} iterations")
 
 
 SCRIPT = """

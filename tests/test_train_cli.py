@@ -310,18 +310,19 @@ def test_a_run_that_was_stopped_goes_on_in_its_folder(runs):
     log_root = runs["m3po, our script"].folder.parents[2]
     (folder,) = log_root.glob("m3po/cartpole/*_more")
     before = torch.load(folder / "model_last.pt", weights_only=True)
-    total = before["iter"] + 3
+    done = before["iter"] + 1 - 2  # it began with the two of the checkpoint
+    total = done + 2
     options = ("--num_envs", "16", "--device", "cpu", "--resume", "more", "--max_iterations", str(total))
     result = run_process([sys.executable, *OURS, *options, "--log_root", str(log_root)])
     assert result.rc == 0, result.stderr[-3000:]
-    assert f"resuming from {folder / 'model_last.pt'}: {before['iter'] + 1} of {total} iterations" in result.stdout
+    assert f"resuming from {folder / 'model_last.pt'}: {done} of {total} iterations" in result.stdout
     assert "do not tell their whole state; new episodes begin" in result.stdout
     _, *rows = (folder / "progress.csv").read_text().splitlines()
-    assert [int(row.split(",")[0]) for row in rows] == list(range(2, total))
+    assert [int(row.split(",")[0]) for row in rows] == list(range(2, 2 + total))
     after = torch.load(folder / "model_last.pt", weights_only=True)
     steps = {
         name: saved["resume"]["environment"]["common_step_counter"] for name, saved in {"a": before, "b": after}.items()
     }
     assert steps["b"] - steps["a"] >= 2 * 16
-    assert after["runner_state"]["env_steps"] == total * 16 * 16
+    assert after["runner_state"]["env_steps"] == (2 + total) * 16 * 16
     assert len(json.loads((folder / "run.json").read_text())["resumed"]) == 1
