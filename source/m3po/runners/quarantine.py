@@ -72,7 +72,8 @@ class Quarantine:
         """Its quarantines of each of several tasks, as ``task/<name>/quarantined``."""
         self.affected = 0.0
         """Share of the environments with a step lost to the quarantine in it."""
-        self._num_files = self._num_messages = 0
+        self._num_files = 0 if log_dir is None else len(list(Path(log_dir).glob("nonfinite_*.pt")))  # resumed runs too
+        self._num_messages = 0
 
     def first(self, obs: TensorDict) -> TensorDict:
         """The observations that a training begins with, with zeros in rows that are not finite."""
