@@ -190,7 +190,7 @@ def _own_state(folder: Path, iteration: int) -> dict[str, Any] | None:
 def _changes(before: Any, now: Any, path: str = "agent") -> Iterator[str]:
     """Where two nested configurations differ."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for name in before.keys() | now.keys():
+        for name in sorted((before.keys() | now.keys()) - {"run_name"}):  # a resumed run keeps its folder
             yield from _changes(before.get(name), now.get(name), f"{path}.{name}")
     elif before != now:
         yield f"{path} was {before} and is {now}"
