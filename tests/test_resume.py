@@ -155,8 +155,12 @@ def test_other_settings_are_said_and_other_sizes_refused(tmp_path, capsys, monke
     start("m3po", tmp_path).resume(str(tmp_path / LAST))
     assert "[m3po] not as before: agent.algorithm.gamma was None and is 0.9" in capsys.readouterr().out
     monkeypatch.setitem(CASES, "m3po", (lambda: runner_cfg(planner=OPEN), lambda: PointEnv(32)))
+    with open(tmp_path / "progress.csv", "a", encoding="utf-8") as file:
+        file.write("2,384,1.0")
+    before = (tmp_path / "progress.csv").read_bytes()
     with pytest.raises(CheckpointError, match=r"stored rollouts do not fit.*started with"):
         start("m3po", tmp_path).resume(str(tmp_path / LAST))
+    assert (tmp_path / "progress.csv").read_bytes() == before
 
 
 class SlowEvaluator:

@@ -123,19 +123,19 @@ class CheckpointingRunner(OnPolicyRunner):
         self._load(path, content)
         for change in _changes(json.loads(content["m3po"]["agent"]), json.loads(self._agent)):
             print(f"[m3po] not as before: {change}", flush=True)
-        state, folder = content.get("resume"), Path(path).parent
-        if distributed.is_main():
+        folder, unevaluated = Path(path).parent, content.get("resume", {}).get("unevaluated", {})
+        state = content.get("resume") if distributed.is_main() else _own_state(folder, content["iter"])
+        complete = state is not None and state["processes"] == distributed.world_size()
+        complete = all(distributed.collected(complete))
+        if complete and state["algorithm"] is not None:
+            self.alg.restore(state["algorithm"])
+        if distributed.is_main():  # only now that nothing can be refused any more
             rewind(folder, self.current_learning_iteration - 1, self.env_steps)
             self._keep_best(folder)
-            self._evaluate_again(folder, state["unevaluated"] if state else {})
-        elif state is not None:
-            state = _own_state(folder, content["iter"])
-        complete = state is not None and state["processes"] == distributed.world_size()
-        if not all(distributed.collected(complete)):
+            self._evaluate_again(folder, unevaluated)
+        if not complete:
             print(f"[m3po] '{path}' holds networks, optimisers and counters alone; the rest starts afresh.", flush=True)
             return
-        if state["algorithm"] is not None:
-            self.alg.restore(state["algorithm"])
         if state["environment"] is not None and hasattr(self.env, "load_state_dict"):
             self._episodes_run = self.env.load_state_dict(state["environment"])
         if not self._episodes_run:

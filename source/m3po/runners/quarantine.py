@@ -20,6 +20,7 @@ from tensordict import TensorDict
 
 from m3po import distributed
 from m3po.config import QUARANTINE_SHARE, check_quarantine_share
+from m3po.errors import CheckpointError
 from m3po.late_flag import LateFlag
 from m3po.runners.flight_recorder import FlightRecorder, is_sound
 from m3po.text import listed
@@ -188,8 +189,11 @@ class Quarantine:
             path = Path(self.log_dir) / f"nonfinite_{self._recorder.step}.pt"
             if path.exists():  # of the same run before it was resumed, which counts steps anew
                 path = path.with_stem(f"{path.stem}_{time.time_ns()}")
-            self._recorder.write(path, affected, findings)
-            where = f"; recorded in {path}"
+            try:
+                self._recorder.write(path, affected, findings)
+                where = f"; recorded in {path}"
+            except CheckpointError as error:  # a full disk does not end the run
+                where = f"; not recorded: {error}"
         of = f" of {', '.join(tasks)}" if tasks else ""
         print(
             f"[m3po] quarantine at step {self._recorder.step}: not finite in {listed(affected)}{of}: "
