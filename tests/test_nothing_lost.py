@@ -1,5 +1,6 @@
 """Signals, kills and full disks: what was learnt is on the disk, and readable."""
 
+import contextlib
 import csv
 import os
 import resource
@@ -139,30 +140,31 @@ def test_handlers_are_put_back():
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-@pytest.fixture
-def full_disk():
-    """A limit on the size of files that this process writes: what a full disk does, to the writer."""
+@contextlib.contextmanager
+def full_disk(size: int):
+    """A limit on the size of files that this process writes: what a full disk does, to the writer.
+
+    Only around what is tested: pytest's own output may go to a file as well, and may be larger.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
-    def limit(size: int | None) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
 
-    yield limit
-    limit(None)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, capsys, full_disk):
+def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, capsys):
     runner = make_runner(tmp_path)
     runner.learn(1)
     before = (tmp_path / LAST).read_bytes()
     runner.current_learning_iteration = 1
-    full_disk(40_000)
     checkpoint = runner._checkpoint
     runner._checkpoint = lambda it, last: checkpoint(it, last=False)
-    runner.learn(2)
-    full_disk(None)
+    with full_disk(40_000):
+        runner.learn(2)
     output = capsys.readouterr().out
     assert output.count("could not be written: File too large. Training goes on") == 2
     assert (tmp_path / LAST).read_bytes() == before
@@ -174,10 +176,9 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, capsys, full_disk)
     assert read_newest(tmp_path)[1]["iter"] == 3
 
 
-def test_the_last_checkpoint_must_be_written(tmp_path, full_disk):
+def test_the_last_checkpoint_must_be_written(tmp_path):
     runner = make_runner(tmp_path)
-    full_disk(40_000)
-    with pytest.raises(CheckpointError, match=r"model_0.pt' could not be written: File too large"):
+    with full_disk(40_000), pytest.raises(CheckpointError, match=r"model_0.pt' could not be written: File too large"):
         runner.learn(1)
 
 
