@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import benchmark_learning
-from benchmark_report import write_report
+from benchmark_arms import ARMS, M3PO_NUM_STEPS, SUITES, TASKS
+from benchmark_report import interval, reached, smooth, write_report
 
 
 @pytest.fixture
@@ -53,11 +55,56 @@ def test_runs_are_stored_once_and_crashes_reported(calls, tmp_path):
     assert "something broke" in record["output"]
     assert "secret" not in (tmp_path / "Isaac-Ant-v0" / "m3po" / "seed11.json").read_text()
 
+    for seed in (12, 13):
+        benchmark_learning.run("Isaac-Ant-v0", "ppo-tuned", seed, 0)
+    benchmark_learning.run("Isaac-Cartpole-v0", "m3po", 13, 0)
     table = write_report(tmp_path)
-    assert "(1 crashed)" in table
+    assert table.count("(1 crashed)") == 2
+    assert "m3po                     crashed (1 seeds)" in table  # Cartpole's only run
     figures = json.loads((tmp_path / "summary.json").read_text())["Isaac-Ant-v0"]["m3po"]["11"]
     assert figures["area"] == 2.0
     assert figures["mean_return"] == 30.0
     assert figures["ms_per_step"] == 125.0  # 2 s for 16 steps
     assert figures["eval_planner"] == 7.0
+    assert (figures["steps_90"], figures["seconds_90"]) == (16384, 4.0)  # the rival ends at 2: both average so far
     assert (tmp_path / "Isaac-Ant-v0.png").stat().st_size > 5000
+
+
+def test_a_level_is_reached_by_the_average_over_a_window_of_steps():
+    steps = np.arange(1, 11) * 10_000.0
+    curve = {"env_steps": steps, "seconds": steps / 1000, "mean_step_reward": np.arange(10.0)}
+    assert smooth(curve).tolist() == [0.0, 0.5, 1.0, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
+    assert reached(curve, 3.0) == (60_000, 60)
+    assert reached(curve, 7.6) == (np.inf, np.inf)
+    longer = {"env_steps": steps * 8, "seconds": steps, "mean_step_reward": np.arange(10.0)}
+    assert smooth(longer).tolist() == list(range(10))  # a rollout longer than the window is its own average
+
+
+def test_intervals_are_those_of_the_seeds():
+    mean, low, high = interval([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert mean == 3.0  # the middle half: an outlier does not count
+    assert 1.0 <= low < mean < high
+    assert interval([5.0]) == (5.0, 5.0, 5.0)
+
+
+def test_arms_are_what_they_are_called(calls, tmp_path):
+    """Every arm that a suite names exists, and its rollouts fill the task's budget."""
+    assert {name for suite in SUITES.values() for name in suite} <= set(ARMS)
+    for task, setting in TASKS.items():
+        for name, arm in ARMS.items():
+            if arm.runs_on(task):
+                calls.clear()
+                benchmark_learning.run(task, name, 11, 0)
+                command = calls[0]
+                iterations = int(command[command.index("--max_iterations") + 1])
+                steps = iterations * arm.num_steps(task) * setting.num_envs
+                assert abs(steps - arm.share * setting.env_steps) < arm.num_steps(task) * setting.num_envs
+                assert command[command.index("--algo") + 1] == arm.algo
+                for override in arm.overrides_on(task):
+                    assert override in command
+    assert ARMS["ppo-shipped"].overrides_on("Isaac-Ant-v0") == ()
+
+
+def test_rollouts_of_the_default_mode_are_as_long_as_the_arms_believe(run_script):
+    code = "from isaaclab_m3po.agents import CPU_NUM_STEPS; print('steps', CPU_NUM_STEPS)"
+    assert f"steps {M3PO_NUM_STEPS}" in run_script(["-c", code]).stdout

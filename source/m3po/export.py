@@ -86,7 +86,7 @@ class TaskPolicy(nn.Module):
     """The policy of one of several tasks, without the others: observations (n, O_k) to mean actions (n, A_k).
 
     What the others need, the task embedding and padded observations, is the same at every step: the first layer's bias
-    holds it.
+    holds it. The task's own output layer joins the one that all share.
     """
 
     def __init__(self, policy: TaskMLPModel, task: int, obs_dim: int, action_dim: int) -> None:
@@ -101,15 +101,15 @@ class TaskPolicy(nn.Module):
         super().__init__()
         normalizer, self.mlp = policy.obs_normalizer, copy.deepcopy(policy.mlp)
         self.register_buffer("mean", normalizer.mean[task, :obs_dim].clone())
-        self.register_buffer("scale", normalizer.var[task, :obs_dim].sqrt() + normalizer.eps)
+        self.register_buffer("scale", (normalizer.var[task, :obs_dim].sqrt() + normalizer.eps) / normalizer.scale[task])
         first, last = self.mlp[0], self.mlp[-1]
         with torch.no_grad():
             zeros = normalizer(torch.zeros_like(normalizer.mean[task]), torch.tensor(task))
             constant = torch.cat([zeros[obs_dim:], embed(policy.task_embedding, torch.tensor(task))])
             first.bias += first.weight[:, obs_dim:] @ constant
             first.weight = nn.Parameter(first.weight[:, :obs_dim].clone())
-            last.weight = nn.Parameter(last.weight[:action_dim].clone())
-            last.bias = nn.Parameter(last.bias[:action_dim].clone())
+            last.weight = nn.Parameter((last.weight + policy.task_head.weight[task])[:action_dim])
+            last.bias = nn.Parameter((last.bias + policy.task_head.bias[task])[:action_dim])
         first.in_features, last.out_features = obs_dim, action_dim
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,10 @@ from typing import Any
 from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, BonusCfg, PlannerCfg, WorldModelCfg
 
 
+SMALL_POLICY = 64
+"""Widest hidden layer of the policies that get the smallest model."""
+
+
 def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
     """Default mode: the algorithm with the settlements that paid in measurements, sized for the device.
 
@@ -15,7 +19,7 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
         policy_width: Widest hidden layer of the task's policy. On a CPU the model is sized after it, so that planning
             costs about as much as the task's own physics and policy.
     """
-    if device.startswith("cpu") and policy_width <= 64:
+    if device.startswith("cpu") and policy_width <= SMALL_POLICY:
         return AlgorithmCfg(
             lam=0.95,
             distill_coef=0.5,
@@ -119,6 +123,8 @@ def suite_runner_cfg(multi_task: bool, device: str, mode: str, algo: str) -> dic
         algorithm.distill_coef = 0.05
         algorithm.world_model.steps_per_iteration = 12
     if multi_task:
+        # One critic for several tasks must be faster than one of its own: at 1e-3, that of a small task stood still.
+        algorithm.critic_min_learning_rate = 3e-3
         algorithm.world_model.task_embedding_dim = 96 if not device.startswith("cpu") else 16
     if algo == "ppo":
         algorithm.distill_coef = 0.0

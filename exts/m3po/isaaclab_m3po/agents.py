@@ -28,7 +28,7 @@ from m3po.config import (
     from_dict,
 )
 from m3po.errors import UserError
-from m3po.presets import default_preset, paper_preset
+from m3po.presets import SMALL_POLICY, default_preset, paper_preset
 
 CPU_NUM_ENVS = 512
 """Environments of a run on the CPU, unless the command line says otherwise."""
@@ -40,7 +40,7 @@ CPU_MAX_ITERATIONS = 128
 """Training iterations of the default mode on the CPU: 1M environment steps with the two numbers above."""
 
 INIT_STD = 0.5
-"""Initial standard deviation of the actions of the default mode on the CPU."""
+"""Initial standard deviation of the actions of the default mode on the CPU, but for small policies."""
 
 ALGORITHM = "m3po.algorithms:M3PO"
 """Class that rsl_rl's runner constructs."""
@@ -188,10 +188,19 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
         cfg.num_steps_per_env = CPU_NUM_STEPS
         cfg.max_iterations = CPU_MAX_ITERATIONS
         distribution = getattr(cfg.actor, "distribution_cfg", None)
-        # less noise paid on Ant and cost on Cartpole, whose policy and model are the smallest
-        if hasattr(distribution, "init_std") and algorithm.world_model.size != "micro":
-            distribution.init_std = INIT_STD
+        if hasattr(distribution, "init_std"):
+            distribution.init_std = first_noise(task_cfg)
     return cfg
+
+
+def first_noise(task_cfg: RslRlOnPolicyRunnerCfg) -> float:
+    """First deviation of the actions in the default mode on a CPU, from the task's agent for rsl_rl's PPO.
+
+    Less noise than the usual 1 paid on Ant, and cost on Cartpole, whose policy is the smallest.
+    """
+    hidden = getattr(getattr(task_cfg, "actor", None), "hidden_dims", None)
+    small = isinstance(hidden, list) and max(hidden) <= SMALL_POLICY
+    return task_cfg.actor.distribution_cfg.init_std if small else INIT_STD
 
 
 def _load(task: str, mode: str) -> Any:

@@ -82,6 +82,7 @@ def build_networks(
             network_class = TaskMLPModel
             network_cfg |= {
                 "action_mask": tasks.action_mask.cpu(),
+                "task_dims": tasks.obs_dims,
                 "embedding_dim": cfg.world_model.task_embedding_dim,
             }
         networks.append(network_class(obs, groups, name, outputs, **network_cfg).to(device))
@@ -95,7 +96,7 @@ def build_networks(
     # The world model draws its initial weights from a stream of its own: adding it must not change the policy's.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train_cfg.get("seed", 0) + 1)
-        model = WorldModel(obs_dim, env.num_actions, tasks.count, cfg.world_model).to(device)
+        model = WorldModel(obs_dim, env.num_actions, tasks.count, cfg.world_model, tasks.obs_dims).to(device)
     if tasks.conditioned:
         actor.task_embedding = critic.task_embedding = model.task_embedding
     return actor, critic, model, model_groups

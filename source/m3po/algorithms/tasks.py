@@ -21,6 +21,9 @@ class Tasks:
     action_mask: torch.Tensor
     """Action dimensions that each task has, (K, A), boolean."""
 
+    obs_dims: list[int] | None = None
+    """Observation dimensions of each task, K numbers, where policy and critic are told the task."""
+
     conditioned: bool = False
     """Whether policy and critic are told the task, which the observations name then; always so for several tasks."""
 
@@ -47,4 +50,5 @@ class Tasks:
         if not hasattr(env, "task_ids"):
             return cls.single(env.num_envs, env.num_actions, gamma, device)
         discounts = env.discounts.to(device) if env.num_tasks > 1 else torch.tensor([gamma], device=device)
-        return cls(env.task_ids.to(device), discounts, env.action_masks.to(device), conditioned=True)
+        masks = env.action_masks.to(device)
+        return cls(env.task_ids.to(device), discounts, masks, list(env.obs_dims), conditioned=True)

@@ -6,26 +6,42 @@ processes bring to an ``update`` is merged in all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from m3po import distributed
 
+COMMON_DIM = 32
+"""Of several tasks, each one's normalised observation has the expected norm of as many standardised numbers."""
+
 
 class TaskNormalizer(nn.Module):
     """Per-task running mean and deviation of a vector."""
 
-    def __init__(self, num_tasks: int, dim: int, eps: float = 1e-2) -> None:
-        """Start at mean 0 and deviation 1 for each of ``num_tasks`` tasks of ``dim`` dimensions."""
+    def __init__(self, num_tasks: int, dim: int, task_dims: Sequence[int] | None = None, eps: float = 1e-2) -> None:
+        """Start at mean 0 and deviation 1 for each of ``num_tasks`` tasks.
+
+        Args:
+            num_tasks: Tasks K.
+            dim: Dimensions D of the vector, padded with zeros where a task has fewer.
+            task_dims: Dimensions of each task, D_k. The tasks share layers behind, so each is scaled by
+                ``sqrt(COMMON_DIM / D_k)``: otherwise a small task's signal is lost among the weights that large ones
+                need, and its functions are learnt far more slowly. ``None``: nothing is scaled.
+            eps: Added to the deviations.
+        """
         super().__init__()
         self.eps = eps
+        scale = [1.0] * num_tasks if task_dims is None else [(COMMON_DIM / d) ** 0.5 for d in task_dims]
+        self.register_buffer("scale", torch.tensor(scale).unsqueeze(1), persistent=False)
         self.register_buffer("mean", torch.zeros(num_tasks, dim))
         self.register_buffer("var", torch.ones(num_tasks, dim))
         self.register_buffer("count", torch.zeros(num_tasks))
 
     def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """Normalise rows. Shapes (..., D) and (...,) -> (..., D)."""
-        return (x - self.mean[task]) / (self.var[task].sqrt() + self.eps)
+        return (x - self.mean[task]) / ((self.var.sqrt() + self.eps) / self.scale)[task]
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, task: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """Policy and critic of several tasks: one network, conditioned on the task, that never sees another task's scale.
 
-rsl_rl's ``MLPModel`` with three changes: observations are normalised per task, the task embedding joins them, and the
-Gaussian has a deviation per task and knows which action dimensions a task has.
+rsl_rl's ``MLPModel`` with four changes: observations are normalised per task, the task embedding joins them, each
+task adds a linear output layer of its own, and the Gaussian has a deviation per task and knows which action dimensions
+a task has.
 """
 
 from __future__ import annotations
@@ -97,6 +98,24 @@ class TaskGaussian(GaussianDistribution):
         return (self._distribution.log_prob(outputs) * self.action_mask[self.task]).sum(-1)
 
 
+class TaskHead(nn.Module):
+    """What each task adds to the output of the layer that all share: a linear function of its own, 0 at first."""
+
+    def __init__(self, num_tasks: int, features: int, outputs: int) -> None:
+        """Set all functions to 0."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_tasks, outputs, features))
+        self.bias = nn.Parameter(torch.zeros(num_tasks, outputs))
+
+    def forward(self, features: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Outputs of each row's task. Shapes (B, F) and (B,) -> (B, outputs).
+
+        All tasks' functions are one product of matrices: there are few outputs, and no row need be looked for.
+        """
+        every = nn.functional.linear(features, self.weight.flatten(0, 1), self.bias.flatten())
+        return every.unflatten(-1, self.bias.shape)[torch.arange(len(task), device=task.device), task]
+
+
 class TaskMLPModel(MLPModel):
     """Policy or critic of several tasks; reads the observation group ``task`` beside its own."""
 
@@ -108,6 +127,7 @@ class TaskMLPModel(MLPModel):
         output_dim: int,
         *,
         action_mask: torch.Tensor,
+        task_dims: Sequence[int],
         embedding_dim: int,
         distribution_cfg: dict[str, Any] | None = None,
         **mlp_cfg: Any,
@@ -120,6 +140,7 @@ class TaskMLPModel(MLPModel):
             obs_set: Observation set of this network, ``actor`` or ``critic``.
             output_dim: Output dimensions.
             action_mask: Action dimensions that each task has, shape (K, A), boolean.
+            task_dims: Observation dimensions that each task has, K numbers.
             embedding_dim: Dimensions E of the task embedding.
             distribution_cfg: Options of rsl_rl's ``GaussianDistribution``; ``None`` for a critic.
             **mlp_cfg: Options of rsl_rl's ``MLPModel``. Observations are always normalised, per task.
@@ -131,7 +152,7 @@ class TaskMLPModel(MLPModel):
         mlp_cfg["obs_normalization"] = False
         super().__init__(obs, obs_groups, obs_set, output_dim, **mlp_cfg)
         num_tasks = len(action_mask)
-        self.obs_normalizer = TaskNormalizer(num_tasks, self.obs_dim)
+        self.obs_normalizer = TaskNormalizer(num_tasks, self.obs_dim, task_dims)
         self.task_embedding = nn.Parameter(torch.empty(num_tasks, embedding_dim).uniform_(-0.02, 0.02))
         if distribution_cfg is not None:
             cls, cfg = resolve_class(dict(distribution_cfg))
@@ -139,11 +160,24 @@ class TaskMLPModel(MLPModel):
                 raise UserError(f"the policy of several tasks must have a GaussianDistribution, got {cls.__name__}.")
             self.distribution = TaskGaussian(output_dim, action_mask, **cfg)
 
-    def forward(self, obs: TensorDict, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As rsl_rl's model, for the tasks that the observations name."""
-        if self.distribution is not None:
-            self.distribution.select(task_of(obs))
-        return super().forward(obs, *args, **kwargs)
+        self.task_head = TaskHead(num_tasks, self.mlp[-1].in_features, self.mlp[-1].out_features)
+
+    def forward(
+        self, obs: TensorDict, masks: Any = None, hidden_state: Any = None, stochastic_output: bool = False
+    ) -> torch.Tensor:
+        """As rsl_rl's model, for the tasks that the observations name; it has no memory."""
+        task, features = task_of(obs), self.get_latent(obs)
+        *hidden, last = self.mlp
+        for layer in hidden:
+            features = layer(features)
+        output = last(features) + self.task_head(features, task)
+        if self.distribution is None:
+            return output
+        self.distribution.select(task)
+        if stochastic_output:
+            self.distribution.update(output)
+            return self.distribution.sample()
+        return self.distribution.deterministic_output(output)
 
     def get_latent(self, obs: TensorDict, *_: Any) -> torch.Tensor:
         """Normalised observations and task embeddings, shape (B, O + E)."""

@@ -20,7 +20,9 @@ from m3po.models.two_hot import TwoHot
 class WorldModel(nn.Module):
     """Encoder ``h``, dynamics ``d``, reward ``R``, continuation ``c``, value ``V`` and latent prior ``pi_z``."""
 
-    def __init__(self, obs_dim: int, action_dim: int, num_tasks: int, cfg: WorldModelCfg) -> None:
+    def __init__(
+        self, obs_dim: int, action_dim: int, num_tasks: int, cfg: WorldModelCfg, task_dims: list[int] | None = None
+    ) -> None:
         """Create the networks.
 
         Args:
@@ -28,13 +30,14 @@ class WorldModel(nn.Module):
             action_dim: Action dimensions A.
             num_tasks: Rows of the task embedding K; a single task is one row.
             cfg: Sizes and loss weights.
+            task_dims: Observation dimensions of each task, see :class:`~m3po.models.normalizers.TaskNormalizer`.
         """
         super().__init__()
         self.cfg = cfg
         self.latent_dim, width, encoder_width = MODEL_SIZES[cfg.size]
         self.residual = cfg.dynamics == "residual"
 
-        self.obs_normalizer = TaskNormalizer(num_tasks, obs_dim)
+        self.obs_normalizer = TaskNormalizer(num_tasks, obs_dim, task_dims)
         self.rewards = RewardStatistics(num_tasks)
         self.task_embedding = nn.Parameter(torch.empty(num_tasks, cfg.task_embedding_dim).uniform_(-0.02, 0.02))
 

@@ -1,9 +1,9 @@
 """An agent of some tasks becomes an agent of others: what both know is kept, by name, and the rest starts afresh.
 
-Everything that is kept per task (embedding, statistics, deviation of the actions, the planner's gate) goes with its
-task. The networks are shared by all tasks and stay as they are; where the largest task has another size, the layers at
-the observations and actions are cut, or extended by zeros: what nobody has seen yet has no influence yet. Optimisers,
-counters and the model's memory start afresh.
+Everything that is kept per task (embedding, output layer, statistics, deviation of the actions, the planner's gate)
+goes with its task. The networks are shared by all tasks and stay as they are; where the largest task has another size,
+the layers at the observations and actions are cut, or extended by zeros: what nobody has seen yet has no influence yet.
+Optimisers, counters and the model's memory start afresh.
 """
 
 from __future__ import annotations
@@ -134,6 +134,10 @@ _LAYOUTS = (
     (r"(world_model\.rewards|reward_units)\.\w+|planner\.on", ("same task",)),
     (r"(actor|critic)\.mlp\.first\.weight|world_model\.encoder\.0\.0\.0\.weight", ("same", "obs, embedding")),
     (r"world_model\.transition\.0\.0\.weight", ("same", "actions, embedding")),
+    (r"actor\.task_head\.weight", ("task if same actions", "actions", "same")),
+    (r"actor\.task_head\.bias", ("task if same actions", "actions")),
+    (r"critic\.task_head\.weight", ("task", "same", "same")),
+    (r"critic\.task_head\.bias", ("task", "same")),
     (r"(actor\.mlp\.last|world_model\.prior_head\.1)\.weight", ("actions", "same")),
     (r"(actor\.mlp\.last|world_model\.prior_head\.1)\.bias", ("actions",)),
 )
@@ -281,9 +285,9 @@ def _fit(
 
 
 def train_embedding_only(algorithm: M3PO) -> None:
-    """Freeze all that tasks share: of policy, critic and model, only what each task has of its own is trained then.
+    """Freeze the networks: only the task embeddings and the deviations of the actions are trained then.
 
-    These are the task embeddings and the deviations of the actions. Statistics, which are not trained, go on.
+    Statistics, which are not trained, go on.
     """
     for network in (algorithm.actor, algorithm.critic, algorithm.model):
         for name, parameter in network.named_parameters():
