@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-M3PO_NUM_STEPS = 8
-"""Steps of a rollout in M3PO's default mode on a CPU (``isaaclab_m3po.agents.CPU_NUM_STEPS``, which imports Isaac Lab)."""
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -19,14 +16,14 @@ class Setting:
     env_steps: int
     """Environment steps of a run, all environments together."""
 
-    shipped_num_steps: int
-    """Steps of a rollout of PPO as shipped."""
+    num_steps: dict[str, int]
+    """``--algo`` -> steps of a rollout: M3PO's default on a CPU, and PPO as shipped."""
 
 
 TASKS = {
-    "Isaac-Cartpole-v0": Setting(512, 600_000, 16),
-    "Isaac-Ant-v0": Setting(512, 1_000_000, 32),
-    "Isaac-Humanoid-v0": Setting(512, 1_000_000, 32),
+    "Isaac-Cartpole-v0": Setting(512, 600_000, {"m3po": 4, "ppo": 16}),
+    "Isaac-Ant-v0": Setting(512, 1_000_000, {"m3po": 8, "ppo": 32}),
+    "Isaac-Humanoid-v0": Setting(512, 500_000, {"m3po": 8, "ppo": 32}),
 }
 
 
@@ -59,20 +56,44 @@ class Arm:
         for override in reversed(self.overrides_on(task)):
             if override.startswith("agent.num_steps_per_env="):
                 return int(override.partition("=")[2])
-        return M3PO_NUM_STEPS if self.algo == "m3po" else TASKS[task].shipped_num_steps
+        return TASKS[task].num_steps[self.algo]
 
 
 _A = "agent.algorithm."
 _NO_PLANNER = (f"{_A}planner.share=0.0", f"{_A}planner.stages=[]")
-_FIRST = (f"{_A}desired_kl=0.01", "agent.num_steps_per_env=16")
+_LOCOMOTION = (
+    "agent.num_steps_per_env=8",
+    f"{_A}desired_kl=0.03",
+    f"{_A}lam=0.9",
+    "agent.actor.distribution_cfg.init_std=0.5",
+)
 
 ARMS = {
     "m3po": Arm("m3po"),
     # rsl_rl's PPO: as the task ships it, and with the best of as many trials as M3PO had (docs/experiments.md)
     "ppo-shipped": Arm("ppo"),
-    "ppo-tuned": Arm("ppo", by_task={}),
-    # M3PO as it was before, for comparison
-    "m3po-1": Arm("m3po", _FIRST),
+    "ppo-tuned": Arm(
+        "ppo",
+        by_task={
+            "Isaac-Cartpole-v0": ("agent.num_steps_per_env=4",),
+            "Isaac-Ant-v0": _LOCOMOTION,
+            "Isaac-Humanoid-v0": _LOCOMOTION,
+        },
+    ),
+    # M3PO's default before this campaign: rollouts of 16 steps, the tasks' own KL, more planning and model steps
+    "m3po-1": Arm(
+        "m3po",
+        ("agent.num_steps_per_env=16", f"{_A}desired_kl=0.01"),
+        {
+            "Isaac-Cartpole-v0": (
+                f"{_A}world_model.steps_per_iteration=8",
+                f"{_A}world_model.extra_steps=120",
+                f"{_A}world_model.extra_iterations=10",
+            ),
+            "Isaac-Ant-v0": (f"{_A}world_model.steps_per_iteration=28", f"{_A}planner.share=0.5"),
+            "Isaac-Humanoid-v0": (f"{_A}world_model.steps_per_iteration=28", f"{_A}planner.share=0.5"),
+        },
+    ),
     # one thing taken away or added
     "m3po-no-planner": Arm("m3po", _NO_PLANNER),
     "m3po-no-distillation": Arm("m3po", (f"{_A}distill_coef=0.0",)),

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import benchmark_learning
-from benchmark_arms import ARMS, M3PO_NUM_STEPS, SUITES, TASKS
+from benchmark_arms import ARMS, SUITES, TASKS
 from benchmark_report import interval, reached, smooth, write_report
 
 
@@ -106,5 +106,6 @@ def test_arms_are_what_they_are_called(calls, tmp_path):
 
 
 def test_rollouts_of_the_default_mode_are_as_long_as_the_arms_believe(run_script):
-    code = "from isaaclab_m3po.agents import CPU_NUM_STEPS; print('steps', CPU_NUM_STEPS)"
-    assert f"steps {M3PO_NUM_STEPS}" in run_script(["-c", code]).stdout
+    code = "from isaaclab_m3po.agents import CPU_NUM_STEPS, SMALL_NUM_STEPS as s; print('steps', s, CPU_NUM_STEPS)"
+    assert "steps 4 8" in run_script(["-c", code]).stdout
+    assert [setting.num_steps["m3po"] for setting in TASKS.values()] == [4, 8, 8]

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from m3po.config import MODEL_SIZES, WorldModelCfg
 from m3po.models import WorldModel
 from m3po.models.layers import Mish, SimNorm
-from m3po.models.normalizers import RewardStatistics, TaskNormalizer
+from m3po.models.normalizers import COMMON_DIM, RewardStatistics, TaskNormalizer
+from m3po.models.task_policy import TaskHead
 from m3po.models.two_hot import TwoHot, symexp, symlog
 
 
@@ -93,3 +94,35 @@ def test_reward_statistics():
     assert statistics.terminal[0] == -20.0
     torch.testing.assert_close(statistics.scale(torch.tensor([0, 1])), torch.tensor([12.5**0.5, 100.0]))
     torch.testing.assert_close(statistics.rate[0], torch.tensor(1 / 3))
+
+
+def test_observations_of_all_tasks_have_a_common_norm():
+    """Whatever the dimensions of a task, and whatever other tasks there are."""
+    small, large = torch.randn(2000, 4) * 3 + 1, torch.randn(2000, 60)
+    normalizer = TaskNormalizer(2, 60, [4, 60])
+    padded = torch.nn.functional.pad(small, (0, 56))
+    normalizer.update(padded, torch.zeros(2000, dtype=torch.long))
+    normalizer.update(large, torch.ones(2000, dtype=torch.long))
+    for rows, task in ((padded, 0), (large, 1)):
+        squares = normalizer(rows, torch.full((2000,), task)).square().sum(-1).mean()
+        assert abs(squares - COMMON_DIM) < 0.05 * COMMON_DIM
+    alone = TaskNormalizer(1, 4, [4])
+    alone.update(small, torch.zeros(2000, dtype=torch.long))
+    zeros = torch.zeros(2000, dtype=torch.long)
+    torch.testing.assert_close(alone(small, zeros), normalizer(padded, zeros)[:, :4])
+    plain = TaskNormalizer(1, 4)  # a network of one task's own leaves the numbers standardised
+    plain.update(small, zeros)
+    torch.testing.assert_close(plain(small, zeros) * (COMMON_DIM / 4) ** 0.5, alone(small, zeros))
+
+
+def test_task_head_adds_a_function_of_each_tasks_own():
+    head, features, task = TaskHead(3, 5, 2), torch.randn(7, 5), torch.tensor([0, 2, 1, 1, 0, 2, 2])
+    assert not head(features, task).any()
+    with torch.no_grad():
+        head.weight.normal_()
+        head.bias.normal_()
+    expected = torch.stack([head.weight[k] @ x + head.bias[k] for x, k in zip(features, task, strict=True)])
+    torch.testing.assert_close(head(features, task), expected)
+    head(features, task)[task == 1].sum().backward()
+    assert head.weight.grad[1].any()
+    assert not head.weight.grad[[0, 2]].any()

@@ -11,6 +11,7 @@ from rsl_rl.runners import OnPolicyRunner
 from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms import M3PO
+from m3po.algorithms.behaviour_metrics import behaviour_metrics
 from m3po.config import AlgorithmCfg, from_dict, validate
 from m3po.errors import CheckpointError, UserError
 from m3po.presets import paper_preset
@@ -315,3 +316,16 @@ def test_a_checkpoint_from_before_several_tasks_still_resumes():
     _, again = build(planner=OPEN)
     again.load(state, None, True)
     assert again.behaviour.state() == expected
+
+
+def test_realised_gain_compares_planned_environments_with_the_others():
+    _, algorithm = build(planner={"share": 0.25, **OPEN})
+    st = algorithm.storage
+    st.std.fill_(1.0)
+    st.planned[:, :4] = True
+    st.advantages[:, :4], st.advantages[:, 4:] = 0.5, -0.25
+    metrics = behaviour_metrics(st, torch.ones_like(st.values), 1, "projected")
+    assert metrics["planner/realised_gain"] == 0.75
+    assert metrics["planner/share"] == 0.25
+    st.planned[:] = True
+    assert behaviour_metrics(st, torch.ones_like(st.values), 1, "projected")["planner/realised_gain"] == 0.0

@@ -105,11 +105,12 @@ def test_agent_combines_the_tasks_configuration_with_the_preset(facts):
     for name in ("obs_groups", "clip_actions", "experiment_name", "save_interval", "critic"):
         assert ant[name] == ppo[name]
     assert ant["actor"]["hidden_dims"] == ppo["actor"]["hidden_dims"]
-    for name in ("gamma", "entropy_coef", "clip_param", "num_mini_batches", "desired_kl", "max_grad_norm"):
+    for name in ("gamma", "entropy_coef", "clip_param", "num_mini_batches", "max_grad_norm"):
         assert ant["algorithm"][name] == ppo["algorithm"][name]
     for name in ("lam", "learning_rate", "schedule", "planner", "bonus"):
         assert ant["algorithm"][name] == preset[name]
-    assert (ant["num_steps_per_env"], ant["max_iterations"], ant["device"]) == (16, 128, "cpu")
+    assert (ant["num_steps_per_env"], ant["max_iterations"], ant["device"]) == (8, 256, "cpu")
+    assert ant["algorithm"]["desired_kl"] == 0.03
 
 
 def test_a_cuda_device_keeps_the_tasks_rollout_and_gets_the_larger_preset(facts):

@@ -222,6 +222,21 @@ def test_a_single_tasks_own_networks_are_told_from_those_of_several(trained, tmp
         single.load(str(tmp_path / "one.pt"))
 
 
+def test_networks_of_several_tasks_from_before_their_heads_are_refused(trained, tmp_path):
+    content = read_checkpoint(trained[1])
+    content["m3po"]["format"] = 2
+    write_checkpoint(tmp_path / "old.pt", content)
+    for read in (runner("line", "plane").load, runner("line", "space").transfer):
+        with pytest.raises(CheckpointError, match=r"has format 2: its networks tell tasks apart in another way"):
+            read(str(tmp_path / "old.pt"))
+    single = M3PORunner(PointEnv(8), runner_cfg() | {"task": "plane"}, None, "cpu")
+    single.save(str(tmp_path / "single.pt"))
+    content = read_checkpoint(tmp_path / "single.pt")
+    content["m3po"]["format"] = 2
+    write_checkpoint(tmp_path / "single.pt", content)
+    single.load(str(tmp_path / "single.pt"))
+
+
 def test_networks_of_other_sizes_are_refused(trained):
     _, path = trained
     for name, model in (("task_embedding", {"task_embedding_dim": 8}), ("latent", {"size": "small"})):

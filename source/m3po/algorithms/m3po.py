@@ -21,9 +21,10 @@ from tensordict import TensorDict
 from m3po import distributed
 from m3po.algorithms.advantage_estimator import AdvantageEstimator
 from m3po.algorithms.behaviour import Behaviour
+from m3po.algorithms.behaviour_metrics import behaviour_metrics
 from m3po.algorithms.bonus import add_bonus, annealed_alpha, centre, value_gap
 from m3po.algorithms.construction import build_networks, check_cfg, parse_algorithm_cfg
-from m3po.algorithms.model_learning import ModelLearner, explained_variance
+from m3po.algorithms.model_learning import ModelLearner
 from m3po.algorithms.policy_learning import PolicyLearner
 from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg
@@ -146,7 +147,10 @@ class M3PO:
 
     def update(self) -> dict[str, float]:
         """Learn from the finished rollout. Returns the mean losses; :attr:`metrics` holds everything else."""
-        metrics = self._behaviour_metrics()
+        metrics = behaviour_metrics(
+            self.storage, self.estimator.units(self.storage.task), self.tasks.count, self.cfg.planner.execution
+        )
+        metrics |= distributed.means({"planner/fallback": self.behaviour.read_fallbacks()}, self.device)
         metrics |= self._apply_bonus()
         with self.stopwatch.section("update_policy"):
             losses = self.policy_learner.train(self.storage)
@@ -170,32 +174,6 @@ class M3PO:
         self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         self.storage.clear()
         return losses
-
-    def _behaviour_metrics(self) -> dict[str, float]:
-        """How far the behaviour was from the prior, and how well the critic explains the returns."""
-        st = self.storage
-        planned = st.planned
-        rho = (st.log_pi - st.log_beta).exp().clamp(max=1.0)
-        if self.cfg.planner.execution == "projected":
-            kl = 0.5 * ((st.plan_mean - st.mean) / st.std).square().sum(-1)
-        else:
-            kl = st.log_beta - st.log_pi
-        units = self.estimator.units(st.task)
-        value_ev = explained_variance(st.values / units, st.returns / units, ~st.lost, st.task, self.tasks.count)
-        parts = (torch.ones_like(rho), planned, kl * planned, st.plan_gain * planned, (st.plan_gain > 0) & planned)
-        sums = distributed.total(torch.stack([x.sum().to(rho) for x in (*parts, rho, rho.square())])).tolist()
-        samples, count, kl_sum, gain, accepted, rho_sum, rho_squares = sums
-        return {
-            "planner/share": count / samples,
-            "planner/kl": kl_sum / max(1, count),
-            "planner/gain": gain / max(1, count),
-            "planner/fallback": distributed.means({"fallback": self.behaviour.read_fallbacks()}, self.device)[
-                "fallback"
-            ],
-            "planner/accepted": accepted / max(1, count),
-            "policy/effective_sample_size": rho_sum**2 / rho_squares / samples,
-            "policy/value_ev": value_ev.mean().item(),
-        }
 
     def _apply_bonus(self) -> dict[str, float]:
         """Add the exploration bonus (7) to the stored advantages."""
@@ -301,6 +279,7 @@ class M3PO:
             **units,
             "m3po_state": {
                 "learning_rate": self.learning_rate,
+                "task_learning_rates": self.policy_learner.task_rates.tolist(),
                 "iteration": self.iteration,
                 "planner_step": self.behaviour.step,
                 **self.behaviour.state(),
@@ -326,6 +305,7 @@ class M3PO:
             self.model_learner.optimizer.load_state_dict(loaded_dict["world_model_optimizer_state_dict"])
             state = loaded_dict["m3po_state"]
             self.policy_learner.learning_rate, self.iteration = state["learning_rate"], state["iteration"]
+            self.policy_learner.task_rates = torch.tensor(state.get("task_learning_rates", []))
             self.behaviour.step = state["planner_step"]
             # Before there were several tasks, these were single values.
             gate = (x if isinstance(x, list) else [x] for x in (state["first_planned"], state["planner_on"]))

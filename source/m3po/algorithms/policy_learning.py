@@ -1,4 +1,8 @@
-"""PPO epochs over a rollout, with the distillation of plans into the prior."""
+"""PPO epochs over a rollout, with the distillation of plans into the prior.
+
+The step sizes are adapted as in rsl_rl, by the KL of an update. What several tasks share follows their mean KL; each
+task's own output layer follows the task's: a task with one action moves a hundredth as far as one with twenty.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ from rsl_rl.models import MLPModel
 from torch import nn
 
 from m3po import distributed
+from m3po.algorithms.model_learning import mean_per_task
 from m3po.algorithms.policy_loss import distillation_loss, surrogate_loss, value_loss
 from m3po.algorithms.step_guard import StepGuard
 from m3po.config import AlgorithmCfg
+from m3po.models.task_policy import TaskMLPModel
 from m3po.storage import RolloutStorage
 
 
@@ -36,10 +42,17 @@ class PolicyLearner:
         """
         self.actor, self.critic, self.cfg, self.units = actor, critic, cfg, units
         self.learning_rate = cfg.learning_rate
+        heads = list(actor.task_head.parameters()) if isinstance(actor, TaskMLPModel) else []
+        self.task_rates = torch.full((len(heads[0]),), cfg.learning_rate) if heads else torch.empty(0)
+        """Step size of each task's output layer of the policy, (K,), on the host; empty where tasks have none."""
         # Groups of their own for policy and critic: one adaptive rate for both starves the critic.
-        policy = list(actor.parameters())
-        known = {id(p) for p in policy}
-        groups = [policy, [p for p in critic.parameters() if id(p) not in known]]
+        known = {id(p) for p in actor.parameters()}
+        own = {id(p) for p in heads}
+        groups = [
+            [p for p in actor.parameters() if id(p) not in own],
+            [p for p in critic.parameters() if id(p) not in known],
+        ]
+        groups += [heads] if heads else []
         self.optimizer = torch.optim.Adam([{"params": g, "lr": cfg.learning_rate} for g in groups], fused=True)
         self.guard = StepGuard("policy", self.optimizer, (actor, critic), cfg.restore_after)
         self._set_learning_rate(cfg.learning_rate)
@@ -59,13 +72,23 @@ class PolicyLearner:
             self.optimizer.zero_grad(set_to_none=True)
             self.guard.backward(loss)
             distributed.average_gradients(self.optimizer, weight=len(batch["actions"]))
-            networks = (self.actor, self.critic)
-            self.guard.step(*(nn.utils.clip_grad_norm_(x.parameters(), cfg.max_grad_norm) for x in networks))
+            self._step()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item() / updates
             if i < cfg.num_mini_batches:
                 sums["clipped_share"] = sums.get("clipped_share", 0.0) + clipped.item() / cfg.num_mini_batches
         return distributed.means(sums, batch["actions"].device, weight=samples)
+
+    def _step(self) -> None:
+        """Clip the gradients and step; each task's output layer goes as far as its own rate says."""
+        heads = [p for group in self.optimizer.param_groups[2:] for p in group["params"]]
+        before = [p.detach().clone() for p in heads]
+        networks = (self.actor, self.critic)
+        self.guard.step(*(nn.utils.clip_grad_norm_(x.parameters(), self.cfg.max_grad_norm) for x in networks))
+        if heads:  # Adam's step is proportional to its rate, here the largest of the tasks'
+            share = (self.task_rates / self.task_rates.max()).to(heads[0].device)
+            for parameter, old in zip(heads, before, strict=True):
+                parameter.data.copy_(torch.lerp(old, parameter.data, share.view(-1, *[1] * (old.dim() - 1))))
 
     def _losses(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Loss terms of a mini-batch, and its share of clipped ratios. Adapts the learning rate on the way."""
@@ -73,7 +96,7 @@ class PolicyLearner:
         self.actor(batch["obs"], stochastic_output=True)
         mean, std = self.actor.output_distribution_params
         if cfg.schedule == "adaptive":
-            self._adapt_learning_rate((batch["mean"], batch["std"]), (mean, std))
+            self._adapt_learning_rates((batch["mean"], batch["std"]), (mean, std), batch["task"])
         surrogate, clipped = surrogate_loss(
             self.actor.get_output_log_prob(batch["actions"]),
             batch["log_pi"],
@@ -94,16 +117,30 @@ class PolicyLearner:
         return terms, clipped
 
     @torch.no_grad()
-    def _adapt_learning_rate(self, old: tuple[torch.Tensor, ...], new: tuple[torch.Tensor, ...]) -> None:
+    def _adapt_learning_rates(
+        self, old: tuple[torch.Tensor, ...], new: tuple[torch.Tensor, ...], task: torch.Tensor
+    ) -> None:
         """rsl_rl's adaptive schedule: keep the KL of an update, over all processes, near ``desired_kl``."""
         kl = self.actor.get_kl_divergence(old, new)
+        if len(self.task_rates):
+            everywhere = torch.ones_like(kl, dtype=torch.bool)
+            of_tasks = mean_per_task(kl, everywhere, task, len(self.task_rates)).tolist()
+            rates = [self._adapted(*pair) for pair in zip(self.task_rates.tolist(), of_tasks, strict=True)]
+            self.task_rates = torch.tensor(rates)
         kl = distributed.mean(kl.mean(), weight=len(kl))
+        self._set_learning_rate(self._adapted(self.learning_rate, kl))
+
+    def _adapted(self, rate: float, kl: float | torch.Tensor) -> float:
+        """A step size after an update of some KL; one of exactly 0 says nothing."""
         if kl > 2.0 * self.cfg.desired_kl:
-            self._set_learning_rate(max(1e-5, self.learning_rate / 1.5))
-        elif 0.0 < kl < 0.5 * self.cfg.desired_kl:
-            self._set_learning_rate(min(1e-2, self.learning_rate * 1.5))
+            return max(1e-5, rate / 1.5)
+        if 0.0 < kl < 0.5 * self.cfg.desired_kl:
+            return min(1e-2, rate * 1.5)
+        return rate
 
     def _set_learning_rate(self, rate: float) -> None:
-        policy, critic = self.optimizer.param_groups
+        policy, critic, *heads = self.optimizer.param_groups
         self.learning_rate = policy["lr"] = rate
         critic["lr"] = max(rate, self.cfg.critic_min_learning_rate)
+        for group in heads:
+            group["lr"] = self.task_rates.max().item()
