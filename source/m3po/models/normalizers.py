@@ -13,9 +13,6 @@ from torch import nn
 
 from m3po import distributed
 
-COMMON_DIM = 32
-"""Of several tasks, each one's normalised observation has the expected norm of as many standardised numbers."""
-
 
 class TaskNormalizer(nn.Module):
     """Per-task running mean and deviation of a vector."""
@@ -27,14 +24,15 @@ class TaskNormalizer(nn.Module):
             num_tasks: Tasks K.
             dim: Dimensions D of the vector, padded with zeros where a task has fewer.
             task_dims: Dimensions of each task, D_k. The tasks share layers behind, so each is scaled by
-                ``sqrt(COMMON_DIM / D_k)``: otherwise a small task's signal is lost among the weights that large ones
-                need, and its functions are learnt far more slowly. ``None``: nothing is scaled.
+                ``sqrt(max_j D_j / D_k)`` to a common expected norm: otherwise a small task's signal is lost among the
+                weights that large ones need, and its functions are learnt far more slowly. ``None``: nothing is scaled.
             eps: Added to the deviations.
         """
         super().__init__()
         self.eps = eps
-        scale = [1.0] * num_tasks if task_dims is None else [(COMMON_DIM / d) ** 0.5 for d in task_dims]
-        self.register_buffer("scale", torch.tensor(scale).unsqueeze(1), persistent=False)
+        scale = [1.0] * num_tasks if task_dims is None else [(max(task_dims) / d) ** 0.5 for d in task_dims]
+        # Part of the state: among other tasks, what was learnt with a scale keeps it.
+        self.register_buffer("scale", torch.tensor(scale).unsqueeze(1))
         self.register_buffer("mean", torch.zeros(num_tasks, dim))
         self.register_buffer("var", torch.ones(num_tasks, dim))
         self.register_buffer("count", torch.zeros(num_tasks))

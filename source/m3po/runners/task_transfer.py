@@ -129,6 +129,7 @@ def _same_actions(old: TaskSizes, new: TaskSizes) -> bool:
 _LAYOUTS = (
     (r"(actor|critic|world_model)\.task_embedding", ("task", "same")),
     (r"(actor|critic|world_model)\.obs_normalizer\.(mean|var)", ("task if same obs", "obs")),
+    (r"(actor|critic|world_model)\.obs_normalizer\.scale", ("task if same obs", "same")),
     (r"(actor|critic|world_model)\.obs_normalizer\.count", ("task if same obs",)),
     (r"actor\.distribution\.(log_)?std_param", ("task if same actions", "actions")),
     (r"(world_model\.rewards|reward_units)\.\w+|planner\.on", ("same task",)),
