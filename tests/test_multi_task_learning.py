@@ -239,3 +239,27 @@ def test_each_task_begins_with_noise_of_its_own():
         torch.testing.assert_close(std, torch.tensor([[0.5, 0.5, 1.0], [2.0, 2.0, 2.0]]))
     with pytest.raises(UserError, match="init_std has 3 values for 2 tasks"):
         TaskGaussian(3, mask, init_std=[1.0, 1.0, 1.0])
+
+
+def test_each_tasks_output_layer_steps_at_the_rate_of_its_own_kl():
+    learner = build(points(2, 2)).policy_learner
+    obs = points(2, 2).get_observations()
+    task = obs["task"].squeeze(-1)
+    learner.actor(obs, stochastic_output=True)
+    mean, std = (x.detach() for x in learner.actor.output_distribution_params)
+    target, first = learner.cfg.desired_kl, learner.learning_rate
+    # the first task moved far, the second hardly: KL = |moved|^2 / (2 std^2)
+    distance = torch.where(task == 0, (10 * target) ** 0.5, (0.1 * target) ** 0.5).unsqueeze(1)
+    moved = torch.zeros_like(mean)
+    moved[:, :1] = distance * std[:, :1]
+    learner._adapt_learning_rates((mean, std), (mean + moved, std), task)
+    torch.testing.assert_close(learner.task_rates, torch.tensor([first / 1.5, first * 1.5]))
+    assert learner.learning_rate == first / 1.5  # what both share follows the mean
+    before = [p.detach().clone() for p in learner.actor.task_head.parameters()]
+    for group in learner.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    learner._step()
+    for parameter, old in zip(learner.actor.task_head.parameters(), before, strict=True):
+        steps = (old - parameter.detach()).flatten(1).mean(1)
+        torch.testing.assert_close(steps, learner.task_rates, rtol=1e-3, atol=0.0)  # Adam's first step is its rate
