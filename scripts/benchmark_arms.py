@@ -21,7 +21,7 @@ class Setting:
 
 
 TASKS = {
-    "Isaac-Cartpole-v0": Setting(512, 600_000, {"m3po": 4, "ppo": 16}),
+    "Isaac-Cartpole-v0": Setting(512, 600_000, {"m3po": 8, "ppo": 16}),
     "Isaac-Ant-v0": Setting(512, 1_000_000, {"m3po": 8, "ppo": 32}),
     "Isaac-Humanoid-v0": Setting(512, 500_000, {"m3po": 8, "ppo": 32}),
 }
@@ -75,7 +75,7 @@ ARMS = {
     "ppo-tuned": Arm(
         "ppo",
         by_task={
-            "Isaac-Cartpole-v0": ("agent.num_steps_per_env=4",),
+            "Isaac-Cartpole-v0": ("agent.num_steps_per_env=8",),
             "Isaac-Ant-v0": _LOCOMOTION,
             "Isaac-Humanoid-v0": _LOCOMOTION,
         },

@@ -106,6 +106,6 @@ def test_arms_are_what_they_are_called(calls, tmp_path):
 
 
 def test_rollouts_of_the_default_mode_are_as_long_as_the_arms_believe(run_script):
-    code = "from isaaclab_m3po.agents import CPU_NUM_STEPS, SMALL_NUM_STEPS as s; print('steps', s, CPU_NUM_STEPS)"
-    assert "steps 4 8" in run_script(["-c", code]).stdout
-    assert [setting.num_steps["m3po"] for setting in TASKS.values()] == [4, 8, 8]
+    code = "from isaaclab_m3po.agents import CPU_NUM_STEPS; print('steps', CPU_NUM_STEPS)"
+    assert "steps 8" in run_script(["-c", code]).stdout
+    assert {setting.num_steps["m3po"] for setting in TASKS.values()} == {8}

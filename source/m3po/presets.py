@@ -25,9 +25,9 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
             world_model=WorldModelCfg(
                 size="micro",
                 task_embedding_dim=8,
-                steps_per_iteration=2,
-                extra_steps=30,
-                extra_iterations=40,
+                steps_per_iteration=4,
+                extra_steps=60,
+                extra_iterations=20,
                 batch_size=256,
                 learning_rate=2e-3,
             ),

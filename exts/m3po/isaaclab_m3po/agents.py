@@ -33,11 +33,11 @@ from m3po.presets import SMALL_POLICY, default_preset, paper_preset
 CPU_NUM_ENVS = 512
 """Environments of a run on the CPU, unless the command line says otherwise."""
 
-CPU_NUM_STEPS, SMALL_NUM_STEPS = 8, 4
-"""Steps per rollout of the default mode on the CPU; the second with small policies."""
+CPU_NUM_STEPS = 8
+"""Steps per rollout of the default mode on the CPU."""
 
 CPU_MAX_ITERATIONS = 256
-"""Training iterations of the default mode on the CPU: 1M environment steps, half of that with small policies."""
+"""Training iterations of the default mode on the CPU: 1M environment steps with the two numbers above."""
 
 CPU_DESIRED_KL = 0.03
 """Target KL per update of the default mode on the CPU, but for small policies, which keep the task's own."""
@@ -188,10 +188,9 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
     shared = {name: copy.deepcopy(getattr(task_cfg, name)) for name in _RUNNER_FIELDS}
     cfg = M3PORunnerCfg(device=device, algorithm=_as_configclass(algorithm), **shared)
     if mode == "default" and device.startswith("cpu"):
-        small = algorithm.world_model.size == "micro"
-        cfg.num_steps_per_env = SMALL_NUM_STEPS if small else CPU_NUM_STEPS
+        cfg.num_steps_per_env = CPU_NUM_STEPS
         cfg.max_iterations = CPU_MAX_ITERATIONS
-        if not small:
+        if algorithm.world_model.size != "micro":
             cfg.algorithm.desired_kl = CPU_DESIRED_KL
         distribution = getattr(cfg.actor, "distribution_cfg", None)
         if hasattr(distribution, "init_std"):
