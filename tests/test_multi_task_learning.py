@@ -263,3 +263,25 @@ def test_each_tasks_output_layer_steps_at_the_rate_of_its_own_kl():
     for parameter, old in zip(learner.actor.task_head.parameters(), before, strict=True):
         steps = (old - parameter.detach()).flatten(1).mean(1)
         torch.testing.assert_close(steps, learner.task_rates, rtol=1e-3, atol=0.0)  # Adam's first step is its rate
+
+
+def test_a_restored_state_is_restored_whole_in_the_tasks_output_layers():
+    learner = build(points(2, 2), restore_after=1).policy_learner
+    learner.task_rates = torch.tensor([1e-2, 1e-4])
+    heads = list(learner.actor.task_head.parameters())
+
+    def step(gradient: float) -> None:
+        for group in learner.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.full_like(parameter, gradient)
+        learner._step()
+
+    learner.guard.begin()
+    good = [p.detach().clone() for p in heads]
+    for _ in range(3):
+        step(1.0)
+    assert not any(torch.equal(p, old) for p, old in zip(heads, good, strict=True))
+    learner.guard.begin()
+    step(float("nan"))
+    for parameter, old in zip(heads, good, strict=True):
+        assert torch.equal(parameter, old)

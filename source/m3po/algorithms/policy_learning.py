@@ -44,7 +44,7 @@ class PolicyLearner:
         self.learning_rate = cfg.learning_rate
         heads = list(actor.task_head.parameters()) if isinstance(actor, TaskMLPModel) else []
         self.task_rates = torch.full((len(heads[0]),), cfg.learning_rate) if heads else torch.empty(0)
-        """Step size of each task's output layer of the policy, (K,), on the host; empty where tasks have none."""
+        """Step size of each task's output layer of the policy, (K,), on the host; empty where there are none."""
         # Groups of their own for policy and critic: one adaptive rate for both starves the critic.
         known = {id(p) for p in actor.parameters()}
         own = {id(p) for p in heads}
@@ -84,8 +84,10 @@ class PolicyLearner:
         heads = [p for group in self.optimizer.param_groups[2:] for p in group["params"]]
         before = [p.detach().clone() for p in heads]
         networks = (self.actor, self.critic)
-        self.guard.step(*(nn.utils.clip_grad_norm_(x.parameters(), self.cfg.max_grad_norm) for x in networks))
-        if heads:  # Adam's step is proportional to its rate, here the largest of the tasks'
+        restored = self.guard.step(
+            *(nn.utils.clip_grad_norm_(x.parameters(), self.cfg.max_grad_norm) for x in networks)
+        )
+        if heads and not restored:  # Adam's step is proportional to its rate, here the largest of the tasks'
             share = (self.task_rates / self.task_rates.max()).to(heads[0].device)
             for parameter, old in zip(heads, before, strict=True):
                 parameter.data.copy_(torch.lerp(old, parameter.data, share.view(-1, *[1] * (old.dim() - 1))))

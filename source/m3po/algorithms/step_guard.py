@@ -66,11 +66,14 @@ class StepGuard:
         """
         loss.backward(torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype))
 
-    def step(self, *norms: torch.Tensor) -> None:
+    def step(self, *norms: torch.Tensor) -> bool:
         """Take the optimiser's step, or skip it.
 
         Args:
             norms: Norms of the gradients, () each, as ``clip_grad_norm_`` returns them, over all parameters together.
+
+        Returns:
+            Whether the last good state was restored instead.
         """
         bad = ~torch.stack(norms).isfinite().all()
         if not self._saved and not bad:  # once per round the host waits
@@ -84,13 +87,14 @@ class StepGuard:
             group["lr"] = rate
         if not self._flag(bad):
             self._in_a_row, self.scale = 0, min(1.0, self.scale * RECOVERY)
-            return
+            return False
         self._skipped += 1
         self._in_a_row += 1
         self.scale *= BACK_OFF
-        if self._in_a_row == self.restore_after:
-            self._in_a_row = 0
-            self._restore()
+        if self._in_a_row < self.restore_after:
+            return False
+        self._in_a_row = 0
+        return self._restore()
 
     def read(self) -> tuple[int, int]:
         """Skipped steps and restored states since the last call; says so where there are any."""
@@ -110,12 +114,12 @@ class StepGuard:
         self._good = copy.deepcopy({"networks": states, "optimizer": self.optimizer.state_dict()})
         self._saved = True
 
-    def _restore(self) -> None:
-        """Go back to the last good state, with the learning rates of now."""
+    def _restore(self) -> bool:
+        """Go back to the last good state, with the learning rates of now. Returns whether there is one."""
         many = f"[m3po] {self.label}: {self.restore_after} gradient steps in a row were not finite"
         if self._good is None:
             print(f"{many}, and there is no good state yet to go back to", flush=True)
-            return
+            return False
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for network, state in zip(self.networks, self._good["networks"], strict=True):
             network.load_state_dict(state)
@@ -124,3 +128,4 @@ class StepGuard:
             group["lr"] = rate
         self._restored += 1
         print(f"{many}; went back to the last good state", flush=True)
+        return True
