@@ -56,6 +56,7 @@ def test_a_file_that_differs_is_an_error(
 
 def test_each_of_several_tasks_gets_a_policy_of_its_own(tmp_path: Path) -> None:
     """From plain observations to a task's own actions, whatever the padding holds for the others."""
+    torch.manual_seed(0)
     dims = {"small": 1, "large": 3}
     env = MultiTaskVecEnv([Member(name, ToyMember(dim=dim, seed=dim)) for name, dim in dims.items()], "cpu")
     runner = M3PORunner(env, runner_cfg(), log_dir=None, device="cpu")
@@ -67,9 +68,8 @@ def test_each_of_several_tasks_gets_a_policy_of_its_own(tmp_path: Path) -> None:
         actor.update_normalization(shifted)
     differences = export.export_policy(runner, tmp_path)
     assert set(differences) == {f"{name}/policy.{kind}" for name in dims for kind in ("pt", "onnx")}
-    assert max(differences.values()) < 1e-5
-
     expected = actor(obs).detach()
+    assert max(differences.values()) < 2e-6 * expected.abs().max()  # actions of 10 and more, in float32
     for task, (name, dim) in enumerate(dims.items()):
         rows = env.task_ids == task
         plain = obs["policy"][rows][:, : 2 * dim]

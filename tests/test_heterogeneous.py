@@ -228,7 +228,8 @@ def test_m3po_trains_the_scene(registry, tmp_path, clone_strategy):
     cfg = agent("m3po_cfg_entry_point", save_interval=1, task=TASK)
     assert cfg["actor"]["class_name"] == cfg["critic"]["class_name"] == "MLPModel"
     assert (cfg["algorithm"]["normalize_values"], cfg["algorithm"]["world_model"]["task_embedding_dim"]) == (True, 16)
-    cfg["algorithm"]["planner"] |= {"min_skill": None, "min_reward_ev": None, "num_samples": 4, "num_elites": 4}
+    planner = {"share": 0.5, "min_skill": None, "min_reward_ev": None, "num_samples": 4, "num_elites": 4}
+    cfg["algorithm"]["planner"] |= planner
     cfg["algorithm"]["world_model"] |= {"steps_per_iteration": 2, "batch_size": 32}
     if clone_strategy:
         assert env.task_ids.tolist() == [0, 1, 2] * 4

@@ -63,7 +63,7 @@ MISTAKES = {
     "negative iterations": ((*ANT, "--max_iterations", "-1"), "at least 1, got -1"),
     "too many mini-batches": (
         (*ANT, "--num_envs", "1", "agent.algorithm.num_mini_batches=17"),
-        "the 16 samples of a rollout, got 17",
+        "the 8 samples of a rollout, got 17",
     ),
     "too many mini-batches for PPO": (
         (*ANT, "--algo", "ppo", "--num_envs", "1", "agent.algorithm.num_mini_batches=33"),
@@ -162,7 +162,7 @@ def test_defaults_and_overrides_of_both_algorithms():
     assert result.rc == 0, result.stderr[-3000:]
     m3po, ppo, changed, paper = json.loads(result.stdout.splitlines()[-1])
     assert [job["num_envs"] for job in (m3po, ppo, changed, paper)] == [512, 512, 8, 4]
-    assert (m3po["agent"]["num_steps_per_env"], m3po["agent"]["max_iterations"]) == (16, 128)
+    assert (m3po["agent"]["num_steps_per_env"], m3po["agent"]["max_iterations"]) == (8, 256)
     assert (ppo["agent"]["num_steps_per_env"], ppo["agent"]["max_iterations"]) == (32, 1000)
     assert ppo["agent"]["algorithm"]["class_name"] == "PPO"
     assert changed["agent"]["algorithm"] == ppo["agent"]["algorithm"] | {"lam": 0.9}
@@ -239,10 +239,10 @@ def test_launcher_prints_what_it_chose(runs):
     preset = default_preset("cpu", policy_width=32)  # Cartpole's policy
     sizes = f"(model {preset.world_model.size}, {preset.planner.num_samples} samples x "
     assert f"[m3po] preset: default, cpu {sizes}" in m3po
-    for stdout in (m3po, ppo):
+    for stdout, num_steps in ((m3po, 8), (ppo, 16)):
         assert "[m3po] device: cpu, torch threads: 1 (OMP_NUM_THREADS)" in stdout
         assert "[m3po] assets: embedded" in stdout
-        assert "[m3po] environments: 16, steps per rollout: 16" in stdout
+        assert f"[m3po] environments: 16, steps per rollout: {num_steps}" in stdout
     assert "preset" not in ppo
     assert "[m3po] preset: default, cpu" in runs["m3po, stock command"].result.stdout
 
@@ -323,6 +323,6 @@ def test_a_run_that_was_stopped_goes_on_in_its_folder(runs):
     steps = {
         name: saved["resume"]["environment"]["common_step_counter"] for name, saved in {"a": before, "b": after}.items()
     }
-    assert steps["b"] - steps["a"] >= 2 * 16
-    assert after["runner_state"]["env_steps"] == (2 + total) * 16 * 16
+    assert steps["b"] - steps["a"] >= 2 * 8
+    assert after["runner_state"]["env_steps"] == (2 + total) * 8 * 16
     assert len(json.loads((folder / "run.json").read_text())["resumed"]) == 1

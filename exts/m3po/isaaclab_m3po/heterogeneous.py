@@ -110,9 +110,9 @@ def attach(task: str) -> None:
 
 
 def _for_several_tasks(agent_cfg: Any) -> Any:
-    """M3PO's agent of a task, with networks that share all layers between tasks and values in each task's own units.
+    """M3PO's agent of a task, with M3PO's networks of several tasks and values in each task's own units.
 
-    The scene's own agent has a head for each task, which M3PO's policy has not: it is told the task instead.
+    The scene's own agent has task heads of another kind, which M3PO's policy replaces by its own.
     """
     several = suite_runner_cfg(True, agent_cfg.device, "default", "m3po")["algorithm"]
     agent_cfg.actor, agent_cfg.critic = _shared(agent_cfg.actor), _shared(agent_cfg.critic)
