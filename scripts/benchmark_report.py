@@ -52,12 +52,16 @@ def smooth(curve: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def reached(curve: dict[str, np.ndarray], level: float) -> tuple[float, float]:
-    """Environment steps and seconds after which the smoothed curve is first at a level; infinite if it never is."""
-    above = smooth(curve) >= level
+    """Environment steps and seconds after which the smoothed curve is first at a level; infinite if it never is.
+
+    It counts from the first full window on: all episodes begin in the same good state, which nobody has learnt to hold.
+    """
+    steps = curve["env_steps"]
+    above = (smooth(curve) >= level) & (steps >= min(WINDOW, steps[-1]))
     if not above.any():
         return np.inf, np.inf
     first = int(above.argmax())
-    return float(curve["env_steps"][first]), float(curve["seconds"][first])
+    return float(steps[first]), float(curve["seconds"][first])
 
 
 def summarise(record: dict[str, Any], half: float, levels: dict[float, float]) -> dict[str, float]:

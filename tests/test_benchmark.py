@@ -76,6 +76,7 @@ def test_a_level_is_reached_by_the_average_over_a_window_of_steps():
     assert smooth(curve).tolist() == [0.0, 0.5, 1.0, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
     assert reached(curve, 3.0) == (60_000, 60)
     assert reached(curve, 7.6) == (np.inf, np.inf)
+    assert reached(curve | {"mean_step_reward": np.arange(10.0, 0.0, -1.0)}, 7.0) == (40_000, 40)  # not before a window
     longer = {"env_steps": steps * 8, "seconds": steps, "mean_step_reward": np.arange(10.0)}
     assert smooth(longer).tolist() == list(range(10))  # a rollout longer than the window is its own average
 
