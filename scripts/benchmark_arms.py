@@ -40,9 +40,6 @@ class Arm:
     by_task: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Task -> more overrides; where there are any, the arm runs on these tasks alone."""
 
-    share: float = 1.0
-    """Share of the task's budget; an ablation may stop earlier than what it is compared with."""
-
     def runs_on(self, task: str) -> bool:
         """Whether the arm is meant for a task."""
         return not self.by_task or task in self.by_task
@@ -70,7 +67,8 @@ _LOCOMOTION = (
 
 ARMS = {
     "m3po": Arm("m3po"),
-    # rsl_rl's PPO: as the task ships it, and with the best of as many trials as M3PO had (docs/experiments.md)
+    # rsl_rl's PPO: as the task ships it, and with every setting it can have that helped while M3PO was tuned; it had
+    # fewer trials of its own than M3PO (docs/experiments.md)
     "ppo-shipped": Arm("ppo"),
     "ppo-tuned": Arm(
         "ppo",

@@ -40,7 +40,7 @@ def run(task: str, arm: str, seed: int, episodes: int) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     setting, settings = TASKS[task], ARMS[arm]
-    iterations = round(setting.env_steps * settings.share / (setting.num_envs * settings.num_steps(task)))
+    iterations = round(setting.env_steps / (setting.num_envs * settings.num_steps(task)))
     command = ["scripts/train.py", "--task", task, "--algo", settings.algo, "--num_envs", str(setting.num_envs)]
     command += ["--seed", str(seed), "--max_iterations", str(iterations), "--device", "cpu", "--eval_interval", "0"]
     command += settings.overrides_on(task)

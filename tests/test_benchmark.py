@@ -99,7 +99,7 @@ def test_arms_are_what_they_are_called(calls, tmp_path):
                 command = calls[0]
                 iterations = int(command[command.index("--max_iterations") + 1])
                 steps = iterations * arm.num_steps(task) * setting.num_envs
-                assert abs(steps - arm.share * setting.env_steps) < arm.num_steps(task) * setting.num_envs
+                assert abs(steps - setting.env_steps) < arm.num_steps(task) * setting.num_envs
                 assert command[command.index("--algo") + 1] == arm.algo
                 for override in arm.overrides_on(task):
                     assert override in command

@@ -232,6 +232,7 @@ def test_networks_of_several_tasks_from_before_their_heads_are_refused(trained, 
     single = M3PORunner(PointEnv(8), runner_cfg() | {"task": "plane"}, None, "cpu")
     single.save(str(tmp_path / "single.pt"))
     content = read_checkpoint(tmp_path / "single.pt")
+    assert not [name for name in content["world_model_state_dict"] if "scale" in name]  # had none in format 2
     content["m3po"]["format"] = 2
     write_checkpoint(tmp_path / "single.pt", content)
     single.load(str(tmp_path / "single.pt"))

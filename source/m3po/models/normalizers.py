@@ -31,8 +31,8 @@ class TaskNormalizer(nn.Module):
         super().__init__()
         self.eps = eps
         scale = [1.0] * num_tasks if task_dims is None else [(max(task_dims) / d) ** 0.5 for d in task_dims]
-        # Part of the state: among other tasks, what was learnt with a scale keeps it.
-        self.register_buffer("scale", torch.tensor(scale).unsqueeze(1))
+        # Where there is a scale it is part of the state: among other tasks, what was learnt with it keeps it.
+        self.register_buffer("scale", torch.tensor(scale).unsqueeze(1), persistent=task_dims is not None)
         self.register_buffer("mean", torch.zeros(num_tasks, dim))
         self.register_buffer("var", torch.ones(num_tasks, dim))
         self.register_buffer("count", torch.zeros(num_tasks))
