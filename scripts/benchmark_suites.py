@@ -38,7 +38,7 @@ class Experiment:
     """Environments of all tasks together."""
 
     iterations: int
-    """Rollouts of 16 steps."""
+    """Rollouts: of 16 steps, of 8 for a single Isaac task."""
 
     eval_envs: int = 20
     """Environments, and episodes, of the noise-free evaluation of each task, over both policies together."""
@@ -52,7 +52,7 @@ GROUPS = {
     # 0.5M frames each: 64 environments x 16 steps x action repeat 2 x 245
     "dmcontrol": [Experiment(task, 64, 245) for task in DMC_SINGLE],
     "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 6 * 32, 245)],
-    "classic": [Experiment(task, 256, 98) for task in CLASSIC],
+    "classic": [Experiment(task, 256, 196) for task in CLASSIC],
     "classic-multi": [Experiment("Isaac-Classic-MT3", 3 * 256, 98)],
     "metaworld-multi": [Experiment("MT10", 10 * 16, 120)],
 }
