@@ -9,6 +9,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.errors import M3POError, UserError
 from m3po.evaluation import CHECK_INTERVAL, evaluate, evaluate_policies
 
@@ -185,3 +186,22 @@ def test_bad_requests_and_endless_episodes() -> None:
     env.max_episode_length = 10
     with pytest.raises(M3POError, match="did not end within 11 steps"):
         evaluate(env, ones, num_episodes=1)
+
+
+def test_success_of_each_of_several_tasks() -> None:
+    """Every task's own log says what success means there; one without says nothing, and has no score."""
+    members = {
+        "balance": ScriptedEnv([[4], [-4]], survival),
+        "reach": ScriptedEnv([[5], [-2], [-3]], goal),
+        "walk": ScriptedEnv([[3], [-3]]),
+    }
+    env = MultiTaskVecEnv([Member(name, member) for name, member in members.items()], "cpu")
+    tasks = evaluate(env, ones, num_episodes=3)["tasks"]
+    assert {name: task["success_rate"] for name, task in tasks.items()} == {
+        "balance": pytest.approx(2 / 3),
+        "reach": pytest.approx(2 / 3),
+        "walk": None,
+    }
+    assert tasks["reach"]["score"] == tasks["reach"]["success_rate"]
+    assert "score" not in tasks["walk"]
+    assert tasks["walk"]["termination_rate"] == pytest.approx(1 / 3)

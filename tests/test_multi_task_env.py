@@ -51,7 +51,9 @@ def test_padding_is_that_of_a_loop(kernel):
         stream = torch.Generator().manual_seed(seed)
         parts = [torch.randn(n, dim, generator=stream) for n, dim in zip(num_envs, dims, strict=True)]
         rows = [row.tolist() + [0.0] * (5 - len(row)) for part in parts for row in part]
-        assert pad(parts).tolist() == rows
+        groups = pad(parts)
+        assert groups["policy"].tolist() == rows
+        assert groups["task"].flatten().tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
 
 
 def test_what_is_known_of_the_tasks():

@@ -188,6 +188,12 @@ def test_a_drawn_seed_is_another_one_each_time_and_is_passed_on():
     assert copy.train_cfg["algorithm"] == first.train_cfg["algorithm"]
 
 
+def test_each_isaac_task_of_a_set_begins_with_the_noise_that_it_has_alone():
+    """Cartpole needs a deviation of 1 to be learnt beside the others, which begin with 0.5."""
+    job = make_job("--task", "Isaac-Classic-MT3", "--device", "cpu")
+    assert job.train_cfg["actor"]["distribution_cfg"]["init_std"] == [1.0, 0.5, 0.5]
+
+
 # -- lists ------------------------------------------------------------------------------------------------------------
 
 

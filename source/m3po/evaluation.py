@@ -51,10 +51,10 @@ def evaluate_policies(
         episodes together, with the results of the tasks by name under ``tasks``, their ``score`` where it is defined
         (:func:`capped_score`), and ``score_mean`` and ``score_min`` over them.
 
-        Success comes from ``extras["success"]`` where there is one. Otherwise a task reports success as one number
-        for all episodes that end in a step. Where this number is the share of time-outs at every step, success means
-        survival and is known for each episode. Otherwise each of them counts with the number; where they belong to
-        several policies and the number is neither 0 nor 1, ``success_rate`` is ``None``.
+        Success comes from ``extras["success"]`` where there is one. Otherwise a task's log reports success as one
+        number for all of its episodes that end in a step. Where this number is the share of time-outs at every step,
+        success means survival and is known for each episode. Otherwise each of them counts with the number; where they
+        belong to several policies and the number is neither 0 nor 1, ``success_rate`` is ``None``.
 
     Raises:
         UserError: If a task has fewer environments than there are policies, or no episodes are asked for.
@@ -140,8 +140,13 @@ class _Tally:
         self._return = torch.zeros(env.num_envs, device=device)
         self._length = torch.zeros(env.num_envs, device=device)
         self._rows = torch.arange(env.num_envs, device=device)
-        self._success_key: str | None = None
-        self._is_survival = torch.ones((), dtype=torch.bool, device=device)
+        # A single task's log has no prefix.
+        several = getattr(env, "num_tasks", 1) > 1
+        self._prefixes = [f"{name}/" for name in env.task_names] if several else [""]
+        self._rows_of_tasks = _rows_of_tasks(env)
+        self._success_keys: dict[int, str] = {}
+        """Task -> entry of the log that is its success rate, once seen."""
+        self._is_survival = torch.zeros(env.num_envs, dtype=torch.bool, device=device)
 
     def add(self, rewards: torch.Tensor, dones: torch.Tensor, extras: dict[str, Any]) -> None:
         """Account for one step.
@@ -171,24 +176,49 @@ class _Tally:
         self._length.masked_fill_(done, 0.0)
 
     def _success(self, done: torch.Tensor, time_outs: torch.Tensor, extras: dict[str, Any]) -> torch.Tensor:
-        """Return the success of the episodes that end now, shape () or (num_envs,); NaN where unknown."""
+        """Return the success of the episodes that end now, shape (num_envs,); NaN where unknown."""
+        success = torch.full_like(self._return, torch.nan)
+        if log := extras.get("log"):
+            self._find_success_keys(log)
+            for k, key in self._success_keys.items():
+                if key in log:
+                    rows = self._rows_of_tasks[k]
+                    success[rows] = self._reported_success(rows, done[rows], time_outs[rows], log[key])
         if "success" in extras:
-            self._is_survival.fill_(False)
-            return extras["success"].to(self._return)
-        return self._reported_success(done, time_outs, extras.get("log") or {})
+            given = extras["success"].to(success)
+            self._is_survival &= given.isnan()
+            success = torch.where(given.isnan(), success, given)
+        return success
 
-    def _reported_success(self, done: torch.Tensor, time_outs: torch.Tensor, log: dict[str, Any]) -> torch.Tensor:
-        """Return the success of the episodes that end now, shape (); NaN where unknown.
+    def _find_success_keys(self, log: dict[str, Any]) -> None:
+        """Learn where tasks report success; until a step shows otherwise, it may mean survival."""
+        for k, prefix in enumerate(self._prefixes):
+            if k not in self._success_keys:
+                found = (x for x in log if x.startswith(prefix) and is_success_rate(x.removeprefix(prefix)))
+                key = next(found, None)
+                if key is not None:
+                    self._success_keys[k] = key
+                    self._is_survival[self._rows_of_tasks[k]] = True
+
+    def _reported_success(
+        self, rows: torch.Tensor, done: torch.Tensor, time_outs: torch.Tensor, rate: Any
+    ) -> torch.Tensor:
+        """Return the success of a task's episodes that end now, shape (); NaN where unknown.
 
         The log is the simulator's own dictionary and stays until the next reset: it says something only where ``done``.
+
+        Args:
+            rows: The task's environments, (n,).
+            done: Ends of episodes, (n,).
+            time_outs: Those by time-out, (n,).
+            rate: What the log says.
         """
-        if self._success_key is None:
-            self._success_key = next((key for key in log if is_success_rate(key)), None)
-        value = torch.as_tensor(log.get(self._success_key, torch.nan), dtype=torch.float32, device=done.device).mean()
+        value = torch.as_tensor(rate, dtype=torch.float32, device=done.device).mean()
         time_out_share = (time_outs & done).sum() / done.sum()
-        self._is_survival &= ~done.any() | torch.isclose(value, time_out_share)
-        first = torch.where(done, self.group, self.group.max() + 1).min()
-        last = torch.where(done, self.group, -1).max()
+        self._is_survival[rows] &= ~done.any() | torch.isclose(value, time_out_share)
+        group = self.group[rows]
+        first = torch.where(done, group, self.group.max() + 1).min()
+        last = torch.where(done, group, -1).max()
         return torch.where((first == last) | (value == 0.0) | (value == 1.0), value, torch.nan)
 
     def complete(self) -> bool:
@@ -198,7 +228,7 @@ class _Tally:
     def summary(self, part: torch.Tensor) -> dict:
         """Return the statistics of the counted episodes of environments, shape (n,)."""
         counted = torch.arange(self.num_slots, device=self.quota.device) < self.quota[part, None]
-        success = torch.where(self._is_survival, 1.0 - self.terminated, self.success)
+        success = torch.where(self._is_survival[:, None], 1.0 - self.terminated, self.success)
         columns = torch.stack([t[part][counted] for t in (self.returns, self.lengths, self.terminated, success)])
         returns, lengths, terminated, success = columns.double().cpu()
         return {

@@ -126,7 +126,7 @@ class MultiTaskVecEnv(VecEnv):
 
     def get_observations(self) -> TensorDict:
         """Groups ``policy``, (N, O), and ``task``, (N, 1), the task ids."""
-        return self._groups(self._obs)
+        return self._obs
 
     def reset(self) -> tuple[TensorDict, dict[str, Any]]:
         """Reset all environments."""
@@ -140,15 +140,15 @@ class MultiTaskVecEnv(VecEnv):
         Returns:
             The observations of all.
         """
-        policy = self._obs.clone()  # what was padded is still in use
+        after = self._obs.clone()  # what was padded is still in use
         with self._closed_on_failure():
             for env, rows, dim in zip(self._envs, self._rows, self.obs_dims, strict=True):
                 own = ids[(ids >= rows.start) & (ids < rows.stop)]
                 if len(own) and hasattr(env, "reset_envs"):
                     local = own - rows.start
-                    after = env.reset_envs(local.to(env.device))["policy"].to(self.device)
-                    policy[own, :dim] = after[local]
-        self._obs = policy
+                    observed = env.reset_envs(local.to(env.device))["policy"].to(self.device)
+                    after["policy"][own, :dim] = observed[local]
+        self._obs = after
         return self.get_observations()
 
     def step(self, actions: torch.Tensor) -> Result:
@@ -259,7 +259,7 @@ class MultiTaskVecEnv(VecEnv):
                 restarted = True
             except MemberError as next_error:
                 error = next_error
-        last = {"policy": self._obs[rows, : self.obs_dims[k]]}
+        last = {"policy": self._obs["policy"][rows, : self.obs_dims[k]]}
         ends = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
         extras = {"time_outs": ends, "final_obs": last}
         return env.get_observations(), torch.zeros(env.num_envs, device=env.device), ends, extras
@@ -272,7 +272,7 @@ class MultiTaskVecEnv(VecEnv):
         delivered = ["final_obs" in extra for extra in extras]
         if any(delivered):
             final = [extra.get("final_obs", group)["policy"] for extra, group in zip(extras, obs, strict=True)]
-            merged["final_obs"] = self._groups(self._pad_final(final))
+            merged["final_obs"] = self._pad_final(final)
             if not all(delivered):
                 merged["final_obs_valid"] = self._per_env(delivered) | ~dones
         if any(member.reports_success for member in self.members):
@@ -292,9 +292,6 @@ class MultiTaskVecEnv(VecEnv):
         return merged
 
     # -- tensors ------------------------------------------------------------------------------------------------------
-
-    def _groups(self, policy: torch.Tensor) -> TensorDict:
-        return TensorDict({"policy": policy, "task": self.task_ids[:, None]}, batch_size=[self.num_envs])
 
     def _cat(self, parts: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         return torch.cat([part.to(self.device, dtype) for part in parts])
