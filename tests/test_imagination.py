@@ -11,12 +11,13 @@ from conftest import run_process
 from literal import LiteralImagination, fast_planner, literal_plan
 from torch.profiler import ProfilerActivity, profile
 
-from m3po.config import AlgorithmCfg, PlannerCfg, WorldModelCfg, planner_at, validate
+from m3po.config import AlgorithmCfg, PlannerCfg, WorldModelCfg, planner_at
 from m3po.kernels.sampling import planner_noise
 from m3po.models import WorldModel
 from m3po.planning import Imagination
 from m3po.planning.imagination import Start
 from m3po.planning.memory import check_memory, plan_bytes
+from m3po.validation import validate
 
 CFG = PlannerCfg(horizon=3, num_samples=9, num_prior_samples=2, num_iterations=2, num_elites=4, chunk_rows=25)
 VARIANTS = {

@@ -12,12 +12,13 @@ from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms import M3PO
 from m3po.algorithms.behaviour_metrics import behaviour_metrics
-from m3po.config import AlgorithmCfg, from_dict, validate
+from m3po.config import AlgorithmCfg, from_dict
 from m3po.errors import CheckpointError, UserError
 from m3po.presets import paper_preset
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
 from m3po.runners.episode_statistics import EpisodeStatistics
+from m3po.validation import validate
 
 OPEN = {"min_skill": None, "min_reward_ev": None}
 

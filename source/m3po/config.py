@@ -7,7 +7,6 @@ Each field is one settlement of the algorithm (see ``docs/algorithm.md``), so th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,6 +195,26 @@ class BonusCfg:
 
 
 @dataclass
+class CriticReplayCfg:
+    """More training of the critic, on the last steps of each environment as one trajectory."""
+
+    steps_per_iteration: int = 0
+    """Gradient steps after each policy update. 0: the critic learns from the newest rollout alone, as in PPO."""
+
+    horizon: int = 64
+    """Newest steps of each environment that it learns from; fewer where the ring holds fewer."""
+
+    lam: float = 0.95
+    """Lambda of the returns along these steps."""
+
+    batch_size: int = 1024
+    """Observations per gradient step."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size."""
+
+
+@dataclass
 class AlgorithmCfg:
     """The M3PO update: PPO core (8)-(9), model, planner and bonus."""
 
@@ -264,12 +283,24 @@ class AlgorithmCfg:
     bonus: BonusCfg = field(default_factory=BonusCfg)
     """Exploration bonus."""
 
+    critic_replay: CriticReplayCfg = field(default_factory=CriticReplayCfg)
+    """Critic's training on the ring."""
+
     def __post_init__(self) -> None:
         """Accept nested dictionaries, as configuration systems deliver them."""
-        for name, cls in (("world_model", WorldModelCfg), ("planner", PlannerCfg), ("bonus", BonusCfg)):
+        for name, cls in COMPONENTS.items():
             value = getattr(self, name)
             if isinstance(value, dict):
                 setattr(self, name, from_dict(cls, value))
+
+
+COMPONENTS = {
+    "world_model": WorldModelCfg,
+    "planner": PlannerCfg,
+    "bonus": BonusCfg,
+    "critic_replay": CriticReplayCfg,
+}
+"""Fields of :class:`AlgorithmCfg` that are configurations of their own."""
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
@@ -296,103 +327,3 @@ def planner_at(cfg: PlannerCfg, progress: float) -> PlannerCfg:
         if progress >= begin:
             values |= changes
     return dataclasses.replace(cfg, **values)
-
-
-def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cpu") -> None:
-    """Check a configuration against the rollout it will run on, before any simulation starts.
-
-    Args:
-        cfg: The algorithm's configuration.
-        num_envs: Environments N.
-        num_steps: Steps per rollout T.
-        device: Torch device name that it will run on.
-
-    Raises:
-        ValueError: Names the field, its value and what is allowed.
-    """
-    wm, planner, bonus = cfg.world_model, cfg.planner, cfg.bonus
-
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise ValueError(message)
-
-    require(num_envs >= 1, f"num_envs must be at least 1, got {num_envs}.")
-    require(num_steps >= 1, f"num_steps_per_env must be at least 1, got {num_steps}.")
-    samples = num_envs * num_steps
-    require(cfg.num_learning_epochs >= 1, f"num_learning_epochs must be at least 1, got {cfg.num_learning_epochs}.")
-    require(
-        1 <= cfg.num_mini_batches <= samples,
-        f"num_mini_batches must lie between 1 and the {samples} samples of a rollout, got {cfg.num_mini_batches}.",
-    )
-    require(wm.size in MODEL_SIZES, f"world_model.size must be one of {', '.join(MODEL_SIZES)}, got '{wm.size}'.")
-    choices = (
-        ("world_model.dynamics", wm.dynamics, ("residual", "plain")),
-        ("world_model.value_target", wm.value_target, ("critic", "returns")),
-        ("planner.execution", planner.execution, ("projected", "mppi")),
-        ("planner.kernels", planner.kernels, ("torch", "warp")),
-        ("planner.epilogues", planner.epilogues, ("eager", "compiled", "triton")),
-        ("planner.precision", planner.precision, ("float32", "bfloat16")),
-        ("bonus.centering", bonus.centering, ("mean", "robust")),
-        ("ratio", cfg.ratio, ("decoupled", "prior")),
-        ("advantage", cfg.advantage, ("gae", "vtrace")),
-        ("schedule", cfg.schedule, ("adaptive", "fixed")),
-    )
-    for name, value, allowed in choices:
-        require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got '{value}'.")
-    if not device.startswith("cuda"):
-        for name, wrong in (("epilogues=triton", planner.epilogues == "triton"), ("cuda_graph", planner.cuda_graph)):
-            require(not wrong, f"planner.{name} needs a CUDA device, but the run is on {device}.")
-    at_least_one = (
-        ("world_model.horizon", wm.horizon),
-        ("world_model.batch_size", wm.batch_size),
-        ("world_model.extra_iterations", wm.extra_iterations),
-        ("restore_after", cfg.restore_after),
-    )
-    for name, value in at_least_one:
-        require(value >= 1, f"{name} must be at least 1, got {value}.")
-    at_least_zero = (
-        ("planner.chunk_rows", planner.chunk_rows),
-        ("planner.max_kl", planner.max_kl),
-        ("world_model.steps_per_iteration", wm.steps_per_iteration),
-        ("world_model.extra_steps", wm.extra_steps),
-        ("world_model.ring_transitions", wm.ring_transitions),
-        ("distill_coef", cfg.distill_coef),
-        ("critic_min_learning_rate", cfg.critic_min_learning_rate),
-        ("bonus.alpha", bonus.alpha),
-        ("bonus.floor", bonus.floor),
-    )
-    for name, value in at_least_zero:
-        require(value >= 0, f"{name} must not be negative, got {value}.")
-    _validate_budget(planner, require)
-    for stage in planner.stages:
-        ok = isinstance(stage, (list, tuple)) and len(stage) == 2 and isinstance(stage[1], Mapping)
-        require(ok, f"planner.stages must hold pairs [progress, {{field: value}}], got {stage!r}.")
-        begin, changes = stage
-        ok = isinstance(begin, (int, float)) and 0.0 <= begin <= 1.0
-        require(ok, f"planner.stages: a stage begins at a progress in [0, 1], got {begin!r}.")
-        unknown = sorted(set(changes) - set(STAGE_FIELDS))
-        require(not unknown, f"planner.stages cannot change {', '.join(unknown)}; only {', '.join(STAGE_FIELDS)}.")
-        _validate_budget(planner_at(planner, begin), require)
-    require(
-        wm.horizon <= num_steps,
-        f"world_model.horizon ({wm.horizon}) exceeds the {num_steps} steps of a rollout (num_steps_per_env).",
-    )
-    for name, value in (("gamma", cfg.gamma), ("lam", cfg.lam)):
-        require(0.0 <= value <= 1.0, f"{name} must lie in [0, 1], got {value}.")
-
-
-def _validate_budget(planner: PlannerCfg, require: Callable[[bool, str], None]) -> None:
-    """Check the fields that a stage may change."""
-    for name in ("horizon", "num_samples", "num_elites"):
-        value = getattr(planner, name)
-        require(value >= 1, f"planner.{name} must be at least 1, got {value}.")
-    for name in ("num_iterations", "num_prior_samples"):
-        value = getattr(planner, name)
-        require(value >= 0, f"planner.{name} must not be negative, got {value}.")
-    require(0.0 <= planner.share <= 1.0, f"planner.share must lie in [0, 1], got {planner.share}.")
-    for name in ("num_elites", "num_prior_samples"):
-        value = getattr(planner, name)
-        require(
-            value <= planner.num_samples,
-            f"planner.{name} ({value}) exceeds planner.num_samples ({planner.num_samples}).",
-        )

@@ -20,9 +20,11 @@ from isaaclab.utils import configclass
 from isaaclab_rl.rsl_rl import RslRlOnPolicyRunnerCfg
 
 from m3po.config import (
+    COMPONENTS,
     QUARANTINE_SHARE,
     AlgorithmCfg,
     BonusCfg,
+    CriticReplayCfg,
     PlannerCfg,
     WorldModelCfg,
     from_dict,
@@ -109,13 +111,14 @@ def _as_configclass(value: Any) -> Any:
 
 
 _MIRRORS: dict[type, type] = {}
-for _source in (WorldModelCfg, PlannerCfg, BonusCfg):
+for _source in COMPONENTS.values():
     _MIRRORS[_source] = _mirror(_source)
 _MIRRORS[AlgorithmCfg] = _mirror(AlgorithmCfg, class_name=ALGORITHM)
 
 M3POWorldModelCfg = _MIRRORS[WorldModelCfg]
 M3POPlannerCfg = _MIRRORS[PlannerCfg]
 M3POBonusCfg = _MIRRORS[BonusCfg]
+M3POCriticReplayCfg = _MIRRORS[CriticReplayCfg]
 M3POAlgorithmCfg = _MIRRORS[AlgorithmCfg]
 
 

@@ -66,15 +66,27 @@ class AdvantageEstimator:
         Returns:
             Deviation of the advantages of each task before they were standardised, reward units, (K,).
         """
-        st, cfg = rollout, self.cfg
+        st = rollout
         if st.any_lost:
             st.repair_lost()
-        if cfg.normalize_values:
+        if self.cfg.normalize_values:
             kept = ~st.lost.flatten()
             self.rewards.update(st.rewards.flatten()[kept], st.terminated.flatten()[kept], st.task.flatten()[kept])
             st.values.mul_(self.units(st.task))
+        return self._estimate(st, self.values(obs, self.tasks.ids))
+
+    @torch.no_grad()
+    def evaluate_again(self, rollout: RolloutStorage) -> torch.Tensor:
+        """:meth:`evaluate` with the critic of now, of a rollout that was evaluated before."""
+        st = rollout
+        st.values.copy_(self.values(st.obs.flatten(0, 1), st.task.flatten()).view_as(st.values))
+        return self._estimate(st, self.values(st.next_obs[-1], st.task[-1]))
+
+    def _estimate(self, st: RolloutStorage, last_values: torch.Tensor) -> torch.Tensor:
+        """Returns and advantages from the values of a rollout and of the observations after it, (N,)."""
+        cfg = self.cfg
         st.next_values[:-1].copy_(st.values[1:])
-        st.next_values[-1].copy_(self.values(obs, self.tasks.ids).detach())
+        st.next_values[-1].copy_(last_values.detach())
         self._bootstrap_time_outs(st)
         episode = (st.rewards, st.values, st.next_values, st.terminated, st.dones)
         if cfg.advantage == "gae":

@@ -11,11 +11,12 @@ from rsl_rl.utils import resolve_class, resolve_obs_groups
 from tensordict import TensorDict
 
 from m3po.algorithms.tasks import Tasks
-from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, check_quarantine_share, from_dict, validate
+from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, check_quarantine_share, from_dict
 from m3po.errors import UserError
 from m3po.models import WorldModel
 from m3po.models.task_policy import TaskMLPModel
 from m3po.planning.memory import check_memory
+from m3po.validation import validate
 
 
 def parse_algorithm_cfg(values: dict[str, Any]) -> AlgorithmCfg:
@@ -34,7 +35,7 @@ def check_cfg(
     action_dim: int = 1,
     share: float = QUARANTINE_SHARE,
 ) -> None:
-    """:func:`m3po.config.validate`, the runner's share, and that the planner's memory is there, as a ``UserError``."""
+    """Configuration, the runner's share, and that the planner's memory is there; what is wrong is a ``UserError``."""
     try:
         check_quarantine_share(share)
         validate(cfg, num_envs, num_steps, device)

@@ -5,7 +5,8 @@ One iteration::
     for t in range(T):  act()               prior proposes, planner improves a share of the environments
                         process_env_step()  store outcome, true terminations, final observations
     compute_returns()                      GAE or V-trace under the behaviour
-    update():  bonus (4)-(7)  ->  policy and critic (8)-(9), distillation  ->  world model on the ring  ->  normalisers
+    update():  critic on the ring, advantages anew  ->  bonus (4)-(7)  ->  policy and critic (8)-(9), distillation
+               ->  world model on the ring  ->  normalisers
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from m3po.algorithms.behaviour import Behaviour
 from m3po.algorithms.behaviour_metrics import behaviour_metrics
 from m3po.algorithms.bonus import add_bonus, annealed_alpha, centre, value_gap
 from m3po.algorithms.construction import build_networks, check_cfg, parse_algorithm_cfg
+from m3po.algorithms.critic_replay import CriticReplay
 from m3po.algorithms.model_learning import ModelLearner
 from m3po.algorithms.policy_learning import PolicyLearner
 from m3po.algorithms.tasks import Tasks
@@ -80,7 +82,13 @@ class M3PO:
         self.model_learner = ModelLearner(
             model, self.model_obs, self._policy, self.estimator.values, self.tasks.action_mask, cfg.restore_after
         )
-        self._guards = (self.policy_learner.guard, self.model_learner.guard)
+        self.critic_replay = None
+        if cfg.critic_replay.steps_per_iteration > 0:
+            # without the task embeddings, which other networks share
+            own = self.policy_learner.optimizer.param_groups[1]["params"]
+            self.critic_replay = CriticReplay(critic, own, self.estimator, cfg)
+        learners = (self.policy_learner, self.model_learner, self.critic_replay)
+        self._guards = [learner.guard for learner in learners if learner is not None]
         model_steps = cfg.world_model.steps_per_iteration + cfg.world_model.extra_steps
         self.learns_model = model_steps > 0
         self.stopwatch = Stopwatch(device)
@@ -151,12 +159,18 @@ class M3PO:
             self.storage, self.estimator.units(self.storage.task), self.tasks.count, self.cfg.planner.execution
         )
         metrics |= distributed.means({"planner/fallback": self.behaviour.read_fallbacks()}, self.device)
+        losses = {}
+        if self.learns_model or self.critic_replay is not None:
+            self.ring.add(self.storage)
+        if self.critic_replay is not None:
+            with self.stopwatch.section("update_policy"):
+                losses |= self.critic_replay.train(self.ring)
+                self.advantage_std = self.estimator.evaluate_again(self.storage)
         metrics |= self._apply_bonus()
         with self.stopwatch.section("update_policy"):
-            losses = self.policy_learner.train(self.storage)
+            losses |= self.policy_learner.train(self.storage)
         if self.learns_model:
             with self.stopwatch.section("update_model"):
-                self.ring.add(self.storage)
                 quality = self.model_learner.measure(self.ring.newest(self.cfg.world_model.horizon))
                 metrics |= {f"model/{name}": value.mean().item() for name, value in quality.items()}
                 self._update_statistics()
@@ -270,6 +284,9 @@ class M3PO:
     def save(self) -> dict[str, Any]:
         """Everything to be restored, as tensors and plain values."""
         units = {"reward_units_state_dict": self.estimator.rewards.state_dict()} if self.cfg.normalize_values else {}
+        replay = {}
+        if self.critic_replay is not None:
+            replay["critic_replay_optimizer_state_dict"] = self.critic_replay.optimizer.state_dict()
         return {
             "actor_state_dict": self.actor.state_dict(),
             "critic_state_dict": self.critic.state_dict(),
@@ -277,6 +294,7 @@ class M3PO:
             "optimizer_state_dict": self.policy_learner.optimizer.state_dict(),
             "world_model_optimizer_state_dict": self.model_learner.optimizer.state_dict(),
             **units,
+            **replay,
             "m3po_state": {
                 "learning_rate": self.learning_rate,
                 "task_learning_rates": self.policy_learner.task_rates.tolist(),
@@ -303,6 +321,8 @@ class M3PO:
         if load_cfg.get("optimizer"):
             self.policy_learner.optimizer.load_state_dict(loaded_dict["optimizer_state_dict"])
             self.model_learner.optimizer.load_state_dict(loaded_dict["world_model_optimizer_state_dict"])
+            if self.critic_replay is not None and "critic_replay_optimizer_state_dict" in loaded_dict:  # not in older
+                self.critic_replay.optimizer.load_state_dict(loaded_dict["critic_replay_optimizer_state_dict"])
             state = loaded_dict["m3po_state"]
             self.policy_learner.learning_rate, self.iteration = state["learning_rate"], state["iteration"]
             self.policy_learner.task_rates = torch.tensor(state.get("task_learning_rates", []))
@@ -329,7 +349,7 @@ class M3PO:
         """
         self.ring.load_state_dict(state["ring"])
         self.behaviour.generator.set_state(state["behaviour_generator"].cpu())
-        for guard, part in zip(self._guards, state["guards"], strict=True):
+        for guard, part in zip(self._guards, state["guards"], strict=False):  # an older run may have one less
             guard.load_state(part)
 
     def broadcast_parameters(self) -> None:

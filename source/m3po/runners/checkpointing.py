@@ -140,6 +140,8 @@ class CheckpointingRunner(OnPolicyRunner):
             self._episodes_run = self.env.load_state_dict(state["environment"])
         if not self._episodes_run:
             print("[m3po] these environments do not tell their whole state; new episodes begin.", flush=True)
+            if state["algorithm"] is not None:
+                self.alg.ring.interrupt()
         self.statistics.load_state_dict(state["statistics"], running=self._episodes_run)
         restore_random_state(state["random"])  # last, because to build anything draws from them
 

@@ -130,6 +130,19 @@ class RolloutRing:
         slot = (first + torch.arange(horizon, device=self.device)) % self.capacity
         return self._gather(slot.expand(self.num_envs, -1), env)
 
+    def latest(self, num_steps: int) -> dict[str, torch.Tensor | TensorDict]:
+        """The newest steps in order of time, all of them where fewer are stored: each field with shape (steps, N, ...).
+
+        Those of an environment are one trajectory, which goes on after a reset where ``dones`` says so.
+        """
+        count = min(num_steps, self.size)
+        slots = (self.head - count + torch.arange(count, device=self.device)) % self.capacity
+        return {name: buffer[slots] for name, buffer in self._fields.items()}
+
+    def interrupt(self) -> None:
+        """Say that the environments do not go on from the newest step: all of its episodes end there, by time-out."""
+        self._fields["dones"][(self.head - 1) % self.capacity] = True
+
     def _gather(self, slot: torch.Tensor, env: torch.Tensor) -> Sequences:
         """Collect transitions at slots (B, H) of environments (B, 1)."""
         flat = slot * self.num_envs + env
