@@ -127,6 +127,24 @@ def test_advantages_are_those_of_the_critic_that_has_learnt():
     assert torch.allclose((raw - raw.mean()) / raw.std(), standardised, atol=1e-4)
 
 
+def test_the_critic_learns_on_the_ring_alone():
+    """Without its loss in the policy's epochs, these do not touch it."""
+    runner = train(1, critic_replay=REPLAY, value_loss_coef=0.0)
+    alg, learn, seen = runner.alg, runner.alg.policy_learner.train, []
+
+    def watched(rollout):
+        seen.append([p.clone() for p in alg.critic.parameters()])
+        losses = learn(rollout)
+        assert all(map(torch.equal, seen[-1], alg.critic.parameters()))
+        assert "value" not in losses
+        return losses
+
+    alg.policy_learner.train = watched
+    runner.learn(2)
+    assert not any(map(torch.equal, *seen))
+    assert error_of_values(train(30, critic_replay=REPLAY, value_loss_coef=0.0)) < 2.0
+
+
 def test_an_interrupted_ring_does_not_chain_episodes():
     """After a resume that begins new episodes, the newest stored step must not be followed by one of the next."""
     runner = train(2, critic_replay=REPLAY)
@@ -136,6 +154,11 @@ def test_an_interrupted_ring_does_not_chain_episodes():
     assert ring.latest(1)["dones"].all()
     assert not ring.latest(1)["terminated"].any()
     assert ring.latest(10**6)["rewards"].shape[0] == ring.size == 16
+
+
+def test_a_critic_that_nothing_teaches_is_refused():
+    with pytest.raises(ValueError, match="the critic would learn nothing"):
+        validate(AlgorithmCfg(value_loss_coef=0.0), 16, 8)
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ class AlgorithmCfg:
     """Lambda of GAE and of V-trace."""
 
     value_loss_coef: float = 1.0
-    """Weight of the critic's loss."""
+    """Weight of the critic's loss on the rollout. 0: it learns on the ring alone (:attr:`critic_replay`)."""
 
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""

@@ -68,6 +68,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("world_model.extra_steps", wm.extra_steps),
         ("world_model.ring_transitions", wm.ring_transitions),
         ("distill_coef", cfg.distill_coef),
+        ("value_loss_coef", cfg.value_loss_coef),
         ("critic_min_learning_rate", cfg.critic_min_learning_rate),
         ("bonus.alpha", bonus.alpha),
         ("bonus.floor", bonus.floor),
@@ -76,6 +77,10 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
     )
     for name, value in at_least_zero:
         require(value >= 0, f"{name} must not be negative, got {value}.")
+    require(
+        cfg.value_loss_coef > 0 or replay.steps_per_iteration > 0,
+        "the critic would learn nothing: value_loss_coef is 0 and so is critic_replay.steps_per_iteration.",
+    )
     _validate_budget(planner, require)
     for stage in planner.stages:
         ok = isinstance(stage, (list, tuple)) and len(stage) == 2 and isinstance(stage[1], Mapping)

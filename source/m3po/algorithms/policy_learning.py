@@ -55,6 +55,8 @@ class PolicyLearner:
         groups += [heads] if heads else []
         self.optimizer = torch.optim.Adam([{"params": g, "lr": cfg.learning_rate} for g in groups], fused=True)
         self.guard = StepGuard("policy", self.optimizer, (actor, critic), cfg.restore_after)
+        self.learns_values = cfg.value_loss_coef > 0.0
+        """Whether the critic learns here, or from the ring alone."""
         self._set_learning_rate(cfg.learning_rate)
 
     def train(self, rollout: RolloutStorage) -> dict[str, float]:
@@ -66,7 +68,10 @@ class PolicyLearner:
         for i, batch in enumerate(rollout.mini_batches(cfg.num_mini_batches, cfg.num_learning_epochs)):
             terms, clipped = self._losses(batch)
             samples += len(batch["actions"])
-            loss = terms["surrogate"] + cfg.value_loss_coef * terms["value"] - cfg.entropy_coef * terms["entropy"]
+            loss = terms["surrogate"]
+            if self.learns_values:
+                loss = loss + cfg.value_loss_coef * terms["value"]
+            loss = loss - cfg.entropy_coef * terms["entropy"]
             if cfg.distill_coef > 0.0:
                 loss = loss + cfg.distill_coef * terms["distillation"]
             self.optimizer.zero_grad(set_to_none=True)
@@ -83,7 +88,7 @@ class PolicyLearner:
         """Clip the gradients and step; each task's output layer goes as far as its own rate says."""
         heads = [p for group in self.optimizer.param_groups[2:] for p in group["params"]]
         before = [p.detach().clone() for p in heads]
-        networks = (self.actor, self.critic)
+        networks = (self.actor, self.critic) if self.learns_values else (self.actor,)
         restored = self.guard.step(
             *(nn.utils.clip_grad_norm_(x.parameters(), self.cfg.max_grad_norm) for x in networks)
         )
@@ -107,15 +112,16 @@ class PolicyLearner:
             cfg.clip_param,
             cfg.ratio,
         )
-        values, units = self.critic(batch["obs"]).squeeze(-1), self.units(batch["task"])
-        old_values, returns = batch["values"] / units, batch["returns"] / units
         imitate = (batch["planned"] & (batch["plan_gain"] > 0)).float()
         terms = {
-            "value": value_loss(values, old_values, returns, cfg.clip_param, cfg.use_clipped_value_loss),
             "surrogate": surrogate,
             "entropy": self.actor.output_entropy.mean(),
             "distillation": distillation_loss(mean, batch["std"], batch["plan_mean"], imitate),
         }
+        if self.learns_values:
+            values, units = self.critic(batch["obs"]).squeeze(-1), self.units(batch["task"])
+            old_values, returns = batch["values"] / units, batch["returns"] / units
+            terms["value"] = value_loss(values, old_values, returns, cfg.clip_param, cfg.use_clipped_value_loss)
         return terms, clipped
 
     @torch.no_grad()
