@@ -99,6 +99,16 @@ def summarise(record: dict[str, Any], half: float, levels: dict[float, float]) -
     return summary
 
 
+def rival_levels(curves: list[dict[str, np.ndarray]]) -> dict[float, float]:
+    """Share -> training reward per step that is this share of where the rival ends, on average over its runs.
+
+    Where that is negative, it is a share of the rival's way there from its first iteration.
+    """
+    smoothed = [smooth(curve) for curve in curves]
+    end, first = float(np.mean([c[-1] for c in smoothed])), float(np.mean([c[0] for c in smoothed]))
+    return {share: share * end if end > 0 else first + share * (end - first) for share in SHARES}
+
+
 def interval(values: list[float]) -> tuple[float, float, float]:
     """Interquartile mean over seeds with its bootstrapped 95 % interval (rliable, arXiv 2108.13264)."""
     from rliable import library, metrics
@@ -118,8 +128,7 @@ def write_report(data: Path) -> str:
     for task, arms in load(data).items():
         finished = {a: {s: r for s, r in seeds.items() if not r.get("crashed")} for a, seeds in arms.items()}
         rival = next((name for name in RIVALS if finished.get(name)), None)
-        ends = [smooth(r["curve"])[-1] for r in finished[rival].values()] if rival else []
-        levels = {share: share * float(np.mean(ends)) for share in SHARES if rival}
+        levels = rival_levels([r["curve"] for r in finished[rival].values()]) if rival else {}
         half = max((r["curve"]["env_steps"][-1] for s in finished.values() for r in s.values()), default=0.0) / 2
         figures = {a: {str(s): summarise(r, half, levels) for s, r in seeds.items()} for a, seeds in finished.items()}
         summary[task] = figures
