@@ -58,6 +58,8 @@ class Arm:
 
 _A = "agent.algorithm."
 _NO_PLANNER = (f"{_A}planner.share=0.0", f"{_A}planner.stages=[]")
+_NO_MODEL = (f"{_A}world_model.steps_per_iteration=0", f"{_A}world_model.extra_steps=0")
+_NO_REPLAY = (f"{_A}critic_replay.steps_per_iteration=0", f"{_A}value_loss_coef=1.0")
 _LOCOMOTION = (
     "agent.num_steps_per_env=8",
     f"{_A}desired_kl=0.03",
@@ -78,10 +80,20 @@ ARMS = {
             "Isaac-Humanoid-v0": _LOCOMOTION,
         },
     ),
-    # M3PO's default before this campaign: rollouts of 16 steps, the tasks' own KL, more planning and model steps
+    # M3PO's default before its critic learnt on the ring
+    "m3po-2": Arm(
+        "m3po",
+        _NO_REPLAY,
+        {
+            "Isaac-Cartpole-v0": (f"{_A}desired_kl=0.01",),
+            "Isaac-Ant-v0": (f"{_A}desired_kl=0.03",),
+            "Isaac-Humanoid-v0": (f"{_A}desired_kl=0.03",),
+        },
+    ),
+    # and before this campaign: rollouts of 16 steps, the tasks' own KL, more planning and model steps
     "m3po-1": Arm(
         "m3po",
-        ("agent.num_steps_per_env=16", f"{_A}desired_kl=0.01"),
+        ("agent.num_steps_per_env=16", f"{_A}desired_kl=0.01", *_NO_REPLAY),
         {
             "Isaac-Cartpole-v0": (
                 f"{_A}world_model.steps_per_iteration=8",
@@ -93,10 +105,11 @@ ARMS = {
         },
     ),
     # one thing taken away or added
+    "m3po-no-critic-replay": Arm("m3po", _NO_REPLAY),
+    "m3po-core": Arm("m3po", (*_NO_PLANNER, f"{_A}distill_coef=0.0", *_NO_MODEL)),
     "m3po-no-planner": Arm("m3po", _NO_PLANNER),
     "m3po-no-distillation": Arm("m3po", (f"{_A}distill_coef=0.0",)),
     "m3po-bonus": Arm("m3po", (f"{_A}bonus.alpha=0.3",)),
-    "m3po-no-critic-floor": Arm("m3po", (f"{_A}critic_min_learning_rate=0.0",)),
     "m3po-no-extra-steps": Arm("m3po", (f"{_A}world_model.extra_steps=0",)),
     "m3po-no-consistency": Arm("m3po", (f"{_A}world_model.consistency_coef=0.0",)),
     "m3po-no-reward-loss": Arm("m3po", (f"{_A}world_model.reward_coef=0.0",)),
@@ -108,10 +121,11 @@ ARMS = {
 SUITES = {
     "main": ["m3po", "ppo-tuned", "ppo-shipped"],
     "ablation": [
+        "m3po-no-critic-replay",
+        "m3po-core",
         "m3po-no-planner",
         "m3po-no-distillation",
         "m3po-bonus",
-        "m3po-no-critic-floor",
         "m3po-no-consistency",
     ],
     "losses": [

@@ -110,7 +110,8 @@ def test_agent_combines_the_tasks_configuration_with_the_preset(facts):
     for name in ("lam", "learning_rate", "schedule", "planner", "bonus"):
         assert ant["algorithm"][name] == preset[name]
     assert (ant["num_steps_per_env"], ant["max_iterations"], ant["device"]) == (8, 256, "cpu")
-    assert ant["algorithm"]["desired_kl"] == 0.03
+    assert (ant["algorithm"]["desired_kl"], ant["algorithm"]["value_loss_coef"]) == (0.06, 0.0)
+    assert ant["algorithm"]["critic_replay"]["steps_per_iteration"] == 32
 
 
 def test_a_cuda_device_keeps_the_tasks_rollout_and_gets_the_larger_preset(facts):

@@ -41,8 +41,8 @@ CPU_NUM_STEPS = 8
 CPU_MAX_ITERATIONS = 256
 """Training iterations of the default mode on the CPU: 1M environment steps with the two numbers above."""
 
-CPU_DESIRED_KL = 0.06
-"""Target KL per update of the default mode on the CPU."""
+CPU_DESIRED_KL = {"small": 0.03, "large": 0.06}
+"""Target KL per update of the default mode on the CPU, for small policies and the others."""
 
 CPU_CRITIC_STEPS = 32
 """Gradient steps of the critic on the ring per rollout in the default mode on the CPU; it learns nowhere else then."""
@@ -196,7 +196,7 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
     if mode == "default" and device.startswith("cpu"):
         cfg.num_steps_per_env = CPU_NUM_STEPS
         cfg.max_iterations = CPU_MAX_ITERATIONS
-        cfg.algorithm.desired_kl = CPU_DESIRED_KL
+        cfg.algorithm.desired_kl = CPU_DESIRED_KL["small" if algorithm.world_model.size == "micro" else "large"]
         cfg.algorithm.critic_replay.steps_per_iteration = CPU_CRITIC_STEPS
         cfg.algorithm.value_loss_coef = 0.0
         distribution = getattr(cfg.actor, "distribution_cfg", None)
