@@ -83,6 +83,17 @@ def test_returns_are_those_of_a_plain_loop(discounts):
             assert found[t, n].item() == pytest.approx(target, abs=1e-5), (t, n)
 
 
+def test_what_a_lost_environment_showed_reaches_no_other_step():
+    steps = trajectory(12, 8, 1)
+    learner, clean = replay([0.95]), trajectory(12, 8, 1)
+    steps["obs"]["policy"][steps["lost"]] = torch.nan
+    kept = ~steps["lost"]
+    kept[:-1] &= ~steps["lost"][1:] | steps["dones"][:-1]  # a step that led to a lost one sees its value
+    assert torch.equal(learner.returns(steps)[kept].isfinite(), torch.ones(int(kept.sum()), dtype=torch.bool))
+    ended = kept & steps["dones"]
+    assert torch.equal(learner.returns(steps)[ended], learner.returns(clean)[ended])
+
+
 def train(iterations: int, **algorithm: object) -> M3PORunner:
     torch.manual_seed(0)
     cfg = runner_cfg(world_model={"steps_per_iteration": 0}, planner={"share": 0.0}, **algorithm)

@@ -80,6 +80,8 @@ class AdvantageEstimator:
         """:meth:`evaluate` with the critic of now, of a rollout that was evaluated before."""
         st = rollout
         st.values.copy_(self.values(st.obs.flatten(0, 1), st.task.flatten()).view_as(st.values))
+        if st.any_lost:
+            st.repair_lost()
         return self._estimate(st, self.values(st.next_obs[-1], st.task[-1]))
 
     def _estimate(self, st: RolloutStorage, last_values: torch.Tensor) -> torch.Tensor:

@@ -54,10 +54,12 @@ class CriticReplay:
         returns = self.returns(steps)
         task = steps["task"]
         targets = (returns / self.estimator.units(task)).flatten()
-        kept = (~steps["lost"]).flatten().nonzero().squeeze(-1)
+        lost = steps["lost"].flatten()
+        # Several processes step together: one that lost everything takes part, the target of a lost step is its value.
+        kept = (~lost | lost.all()).nonzero().squeeze(-1)
         obs, total = steps["obs"].flatten(0, 1), torch.zeros((), device=targets.device)
         self.guard.begin()
-        for _ in range(self.cfg.steps_per_iteration if len(kept) else 0):
+        for _ in range(self.cfg.steps_per_iteration):
             draw = torch.randint(len(kept), (self.cfg.batch_size,), generator=ring.generator, device=kept.device)
             rows = kept[draw]
             loss = (self.critic(obs[rows]).squeeze(-1) - targets[rows]).square().mean()
@@ -81,6 +83,7 @@ class CriticReplay:
         """
         task, dones, terminated = steps["task"], steps["dones"], steps["terminated"]
         values = self._values(steps["obs"], task)
+        values.masked_fill_(steps["lost"] & ~values.isfinite(), 0.0)  # masks multiply below, and NaN stays
         next_values = torch.empty_like(values)
         next_values[:-1] = values[1:]
         ends = dones & ~terminated
