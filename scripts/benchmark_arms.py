@@ -62,7 +62,7 @@ _NO_MODEL = (f"{_A}world_model.steps_per_iteration=0", f"{_A}world_model.extra_s
 _NO_REPLAY = (f"{_A}critic_replay.steps_per_iteration=0", f"{_A}value_loss_coef=1.0")
 _LOCOMOTION = (
     "agent.num_steps_per_env=8",
-    f"{_A}desired_kl=0.03",
+    f"{_A}desired_kl=0.06",
     f"{_A}lam=0.9",
     "agent.actor.distribution_cfg.init_std=0.5",
 )
@@ -80,6 +80,8 @@ ARMS = {
             "Isaac-Humanoid-v0": _LOCOMOTION,
         },
     ),
+    # the same before KL 0.06 had been tried
+    "ppo-tuned-2": Arm("ppo", by_task={"Isaac-Ant-v0": (*_LOCOMOTION, f"{_A}desired_kl=0.03")}),
     # M3PO's default before its critic learnt on the ring
     "m3po-2": Arm(
         "m3po",
