@@ -199,7 +199,7 @@ class CriticReplayCfg:
     """More training of the critic, on the last steps of each environment as one trajectory."""
 
     steps_per_iteration: int = 0
-    """Gradient steps after each policy update. 0: the critic learns from the newest rollout alone, as in PPO."""
+    """Gradient steps before each policy update. 0: the critic learns from the newest rollout alone, as in PPO."""
 
     horizon: int = 64
     """Newest steps of each environment that it learns from; fewer where the ring holds fewer."""

@@ -39,12 +39,8 @@ class CriticReplay:
             estimator: Evaluates observations with the critic.
             cfg: Configuration.
         """
-        self.critic, self.estimator, self.cfg, self.max_grad_norm = (
-            critic,
-            estimator,
-            cfg.critic_replay,
-            cfg.max_grad_norm,
-        )
+        self.critic, self.estimator, self.cfg = critic, estimator, cfg.critic_replay
+        self.max_grad_norm = cfg.max_grad_norm
         self.optimizer = torch.optim.Adam(parameters, lr=self.cfg.learning_rate, fused=True)
         self.guard = StepGuard("critic", self.optimizer, (critic,), cfg.restore_after)
 
@@ -89,12 +85,11 @@ class CriticReplay:
         ends = dones & ~terminated
         ends[-1] = ~terminated[-1]
         next_values[ends] = self._values(steps["next_obs"][ends], task[ends])
-        gamma = self.estimator.tasks.discounts[task]
         unknown = steps["lost"] | (ends & ~steps["next_obs_valid"])
-        surprise_free = (values - steps["rewards"]) / gamma
-        next_values = torch.where(unknown, surprise_free, next_values)
-        terminated = terminated & ~unknown
-        return gae(steps["rewards"], values, next_values, terminated, dones, self.estimator.gamma, self.cfg.lam)[0]
+        rewards = torch.where(unknown, values, steps["rewards"])  # no temporal difference there
+        next_values.masked_fill_(unknown, 0.0)
+        terminated, dones = terminated | unknown, dones | unknown
+        return gae(rewards, values, next_values, terminated, dones, self.estimator.gamma, self.cfg.lam)[0]
 
     def _values(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """Values in reward units of observations of any batch size; ``task`` has the same."""
