@@ -102,11 +102,12 @@ def summarise(record: dict[str, Any], half: float, levels: dict[float, float]) -
 def rival_levels(curves: list[dict[str, np.ndarray]]) -> dict[float, float]:
     """Share -> training reward per step that is this share of where the rival ends, on average over its runs.
 
-    Where that is negative, it is a share of the rival's way there from its first iteration.
+    Where that is negative, it is a share of the rival's way there from its lowest point: an untrained policy begins
+    with the rewards of a good first state, and then falls.
     """
     smoothed = [smooth(curve) for curve in curves]
-    end, first = float(np.mean([c[-1] for c in smoothed])), float(np.mean([c[0] for c in smoothed]))
-    return {share: share * end if end > 0 else first + share * (end - first) for share in SHARES}
+    end, lowest = float(np.mean([c[-1] for c in smoothed])), float(np.mean([c.min() for c in smoothed]))
+    return {share: share * end if end > 0 else lowest + share * (end - lowest) for share in SHARES}
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:

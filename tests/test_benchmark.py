@@ -113,9 +113,9 @@ def test_rollouts_of_the_default_mode_are_as_long_as_the_arms_believe(run_script
 
 
 def test_levels_of_a_rival_whose_rewards_stay_negative():
-    """90 % of a negative end would lie above it: what counts is the way from the first iteration."""
-    steps = np.arange(1.0, 5.0) * 50_000
-    rising = {"env_steps": steps, "mean_step_reward": np.array([-10.0, -8.0, -4.0, -2.0])}
+    """90 % of a negative end would lie above it: what counts is the way from the lowest point."""
+    steps = np.arange(1.0, 6.0) * 50_000
+    rising = {"env_steps": steps, "mean_step_reward": np.array([5.0, -10.0, -8.0, -4.0, -2.0])}
     assert rival_levels([rising, rising]) == pytest.approx({0.5: -6.0, 0.75: -4.0, 0.9: -2.8})
-    positive = {"env_steps": steps, "mean_step_reward": np.array([1.0, 2.0, 3.0, 4.0])}
+    positive = {"env_steps": steps, "mean_step_reward": np.array([1.0, 2.0, 3.0, 3.0, 4.0])}
     assert rival_levels([positive]) == pytest.approx({0.5: 2.0, 0.75: 3.0, 0.9: 3.6})
