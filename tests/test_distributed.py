@@ -39,7 +39,7 @@ def trained(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.parametrize("which", TRAININGS)
 def test_two_processes_learn_what_one_learns(trained, which):
-    """Policy, critic, world model and all normalisers after five iterations; the gradients of every policy step."""
+    """Policy, critic, both models and all normalisers after five iterations; the gradients of every policy step."""
     one, first, second = (trained[key][which] for key in ("1-0", "2-0", "2-1"))
     for name, network in one["networks"].items():
         for key, value in network.items():
@@ -48,6 +48,7 @@ def test_two_processes_learn_what_one_learns(trained, which):
         assert (here - there).norm() < 1e-3 * there.norm()
     assert first["learning_rate"] == pytest.approx(one["learning_rate"])
     assert one["rows"][-1]["planner/share"] == 1.0 and one["rows"][0]["bonus/mean_abs"] > 0.0
+    assert max(row["ahead/kl"] for row in one["rows"]) > 0.0
     for name, network in first["networks"].items():
         for key, value in network.items():
             assert torch.equal(second["networks"][name][key], value), f"{name} {key}"

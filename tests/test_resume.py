@@ -43,6 +43,10 @@ CASES = {
     "m3po": (lambda: runner_cfg(planner=OPEN), point),
     "bonus": (lambda: runner_cfg(planner={**OPEN, "execution": "mppi"}, bonus={"alpha": 0.5}), point),
     "critic on the ring": (lambda: runner_cfg(planner=OPEN, critic_replay={"steps_per_iteration": 3}), point),
+    "value gradient": (
+        lambda: runner_cfg(value_gradient={"steps_per_iteration": 5, "width": 16}, std_learning_rate=1e-3),
+        point,
+    ),
     "ppo": (ppo_cfg, point),
     "several tasks": (lambda: runner_cfg(planner=OPEN, normalize_values=True), two_tasks),
 }

@@ -60,9 +60,12 @@ def share_noise(num_envs: int, first: int) -> None:
 
 
 def config() -> dict[str, Any]:
-    """Plans everywhere, has a bonus and normalisers, and takes all data at once."""
+    """Plans everywhere, looks ahead, has a bonus and normalisers, and takes all data at once."""
     planner = {"share": 1.0, "min_skill": None, "min_reward_ev": None}
-    cfg = runner_cfg(planner=planner, bonus={"alpha": 0.3}, num_mini_batches=1, normalize_values=True)
+    ahead = {"steps_per_iteration": 20, "width": 16, "full_slope": 0.01}
+    cfg = runner_cfg(
+        planner=planner, bonus={"alpha": 0.3}, value_gradient=ahead, num_mini_batches=1, normalize_values=True
+    )
     for network in ("actor", "critic"):
         cfg[network]["obs_normalization"] = True
     return cfg

@@ -215,6 +215,45 @@ class CriticReplayCfg:
 
 
 @dataclass
+class ValueGradientCfg:
+    """Look-ahead at update time: the policy also follows the gradient of an imagined value, SVG(H)."""
+
+    steps_per_iteration: int = 0
+    """Gradient steps of the model of observations after each rollout. 0: there is no such model, and no look-ahead."""
+
+    extra_steps: int = 0
+    """More gradient steps in each of the first :attr:`extra_iterations` iterations."""
+
+    extra_iterations: int = 10
+    """Iterations that take extra steps."""
+
+    batch_size: int = 512
+    """Transitions per gradient step."""
+
+    width: int = 256
+    """Units of each of the model's two hidden layers."""
+
+    learning_rate: float = 3e-3
+    """Adam's step size of the model."""
+
+    horizon: int = 3
+    """Imagined steps H before the critic's value."""
+
+    max_kl: float = 0.06
+    """Trust region: largest mean KL between policy and plans, nats."""
+
+    full_slope: float = 0.06
+    """The plans go as far as :attr:`max_kl` allows where real advantages rise along them by this much, in deviations of
+    the advantage per deviation of the action, and proportionally less far below; 0.06 is what PPO's own update had."""
+
+    num_epochs: int = 4
+    """Passes of the policy's regression onto the plans; ``num_mini_batches`` each."""
+
+    policy_learning_rate: float = 1e-3
+    """Adam's step size of that regression."""
+
+
+@dataclass
 class AlgorithmCfg:
     """The M3PO update: PPO core (8)-(9), model, planner and bonus."""
 
@@ -255,6 +294,9 @@ class AlgorithmCfg:
     """The critic works in units of the task's ``RMS(reward) / (1 - gamma)`` instead of reward units, so that several
     tasks weigh the same; a single task whose rewards are already scaled does not need it."""
 
+    std_learning_rate: float = 0.0
+    """Adam's step size of the action deviation. 0: it follows the policy's rate, as in rsl_rl."""
+
     schedule: str = "adaptive"
     """``adaptive``: the policy's rate follows :attr:`desired_kl`; ``fixed``."""
 
@@ -286,6 +328,9 @@ class AlgorithmCfg:
     critic_replay: CriticReplayCfg = field(default_factory=CriticReplayCfg)
     """Critic's training on the ring."""
 
+    value_gradient: ValueGradientCfg = field(default_factory=ValueGradientCfg)
+    """Policy's improvement by the gradient of an imagined value."""
+
     def __post_init__(self) -> None:
         """Accept nested dictionaries, as configuration systems deliver them."""
         for name, cls in COMPONENTS.items():
@@ -299,6 +344,7 @@ COMPONENTS = {
     "planner": PlannerCfg,
     "bonus": BonusCfg,
     "critic_replay": CriticReplayCfg,
+    "value_gradient": ValueGradientCfg,
 }
 """Fields of :class:`AlgorithmCfg` that are configurations of their own."""
 

@@ -19,7 +19,8 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
     Raises:
         ValueError: Names the field, its value and what is allowed.
     """
-    wm, planner, bonus, replay = cfg.world_model, cfg.planner, cfg.bonus, cfg.critic_replay
+    wm, planner, bonus = cfg.world_model, cfg.planner, cfg.bonus
+    replay, ahead = cfg.critic_replay, cfg.value_gradient
 
     def require(ok: bool, message: str) -> None:
         if not ok:
@@ -57,6 +58,11 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("world_model.extra_iterations", wm.extra_iterations),
         ("critic_replay.horizon", replay.horizon),
         ("critic_replay.batch_size", replay.batch_size),
+        ("value_gradient.extra_iterations", ahead.extra_iterations),
+        ("value_gradient.batch_size", ahead.batch_size),
+        ("value_gradient.width", ahead.width),
+        ("value_gradient.horizon", ahead.horizon),
+        ("value_gradient.num_epochs", ahead.num_epochs),
         ("restore_after", cfg.restore_after),
     )
     for name, value in at_least_one:
@@ -74,6 +80,12 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("bonus.floor", bonus.floor),
         ("critic_replay.steps_per_iteration", replay.steps_per_iteration),
         ("critic_replay.learning_rate", replay.learning_rate),
+        ("value_gradient.steps_per_iteration", ahead.steps_per_iteration),
+        ("value_gradient.extra_steps", ahead.extra_steps),
+        ("value_gradient.learning_rate", ahead.learning_rate),
+        ("value_gradient.max_kl", ahead.max_kl),
+        ("value_gradient.policy_learning_rate", ahead.policy_learning_rate),
+        ("std_learning_rate", cfg.std_learning_rate),
     )
     for name, value in at_least_zero:
         require(value >= 0, f"{name} must not be negative, got {value}.")
@@ -81,6 +93,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         cfg.value_loss_coef > 0 or replay.steps_per_iteration > 0,
         "the critic would learn nothing: value_loss_coef is 0 and so is critic_replay.steps_per_iteration.",
     )
+    require(ahead.full_slope > 0, f"value_gradient.full_slope must be positive, got {ahead.full_slope}.")
     _validate_budget(planner, require)
     for stage in planner.stages:
         ok = isinstance(stage, (list, tuple)) and len(stage) == 2 and isinstance(stage[1], Mapping)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from tensordict import TensorDict
 
 from m3po import distributed
 from m3po.config import BonusCfg
 from m3po.models import WorldModel
+from m3po.storage import RolloutStorage
 
 
 @torch.no_grad()
@@ -99,3 +103,49 @@ def annealed_alpha(cfg: BonusCfg, progress: float) -> float:
     if cfg.anneal_fraction <= 0.0:
         return 0.0
     return cfg.alpha * max(0.0, 1.0 - progress / cfg.anneal_fraction)
+
+
+def apply_bonus(
+    rollout: RolloutStorage,
+    model: WorldModel,
+    model_obs: Callable[[TensorDict], torch.Tensor],
+    discounts: torch.Tensor,
+    advantage_std: torch.Tensor,
+    alpha: float,
+    cfg: BonusCfg,
+) -> dict[str, float]:
+    """Add the bonus (7) to the advantages of a rollout.
+
+    Args:
+        rollout: Finished rollout with standardised advantages.
+        model: World model.
+        model_obs: Observation groups -> the model's observation vector, (..., O).
+        discounts: Discount of each task, (K,).
+        advantage_std: Deviation of each task's advantages before they were standardised, (K,).
+        alpha: Weight of the bonus; 0 leaves everything alone.
+        cfg: Configuration.
+
+    Returns:
+        ``bonus/alpha``, and the means of the gap and of the size of the bonus.
+    """
+    metrics = {"bonus/alpha": alpha, "bonus/gap": 0.0, "bonus/mean_abs": 0.0}
+    if alpha == 0.0:
+        return metrics
+    st, task = rollout, rollout.task.flatten()
+    gap = value_gap(
+        model,
+        model_obs(st.obs).flatten(0, 1),
+        st.actions.flatten(0, 1),
+        st.rewards.flatten(),
+        model_obs(st.next_obs).flatten(0, 1),
+        st.terminated.flatten(),
+        task,
+        discounts[task],
+    )
+    centred = centre(gap / advantage_std[task], task, len(advantage_std), cfg.centering)
+    centred = (centred * (st.next_obs_valid & ~st.lost).flatten()).view_as(st.advantages)
+    with_bonus = add_bonus(st.advantages, centred, alpha, cfg.floor)
+    sizes = torch.stack((gap.mean(), (with_bonus - st.advantages).abs().mean()))
+    metrics["bonus/gap"], metrics["bonus/mean_abs"] = distributed.mean(sizes, weight=len(gap)).tolist()
+    st.advantages.copy_(with_bonus)
+    return metrics

@@ -14,6 +14,7 @@ from m3po.algorithms.tasks import Tasks
 from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, check_quarantine_share, from_dict
 from m3po.errors import UserError
 from m3po.models import WorldModel
+from m3po.models.observation_model import ObservationModel
 from m3po.models.task_policy import TaskMLPModel
 from m3po.planning.memory import check_memory
 from m3po.validation import validate
@@ -101,3 +102,14 @@ def build_networks(
     if tasks.conditioned:
         actor.task_embedding = critic.task_embedding = model.task_embedding
     return actor, critic, model, model_groups
+
+
+def observation_model(
+    group_dims: dict[str, int], action_dim: int, tasks: Tasks, cfg: AlgorithmCfg, seed: int, device: str
+) -> ObservationModel:
+    """Build the value gradient's model of observation groups; it changes no other network's draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)
+        width = cfg.value_gradient.width
+        model = ObservationModel(sum(group_dims.values()), action_dim, tasks.count, width, tasks.obs_dims)
+    return model.to(device)

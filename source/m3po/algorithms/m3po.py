@@ -6,7 +6,7 @@ One iteration::
                         process_env_step()  store outcome, true terminations, final observations
     compute_returns()                      GAE or V-trace under the behaviour
     update():  critic on the ring, advantages anew  ->  bonus (4)-(7)  ->  policy and critic (8)-(9), distillation
-               ->  world model on the ring  ->  normalisers
+               ->  value gradient of a model of observations  ->  world model on the ring  ->  normalisers
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from m3po import distributed
 from m3po.algorithms.advantage_estimator import AdvantageEstimator
 from m3po.algorithms.behaviour import Behaviour
 from m3po.algorithms.behaviour_metrics import behaviour_metrics
-from m3po.algorithms.bonus import add_bonus, annealed_alpha, centre, value_gap
-from m3po.algorithms.construction import build_networks, check_cfg, parse_algorithm_cfg
+from m3po.algorithms.bonus import annealed_alpha, apply_bonus
+from m3po.algorithms.construction import build_networks, check_cfg, observation_model, parse_algorithm_cfg
 from m3po.algorithms.critic_replay import CriticReplay
 from m3po.algorithms.model_learning import ModelLearner
 from m3po.algorithms.policy_learning import PolicyLearner
 from m3po.algorithms.tasks import Tasks
+from m3po.algorithms.value_gradient import ValueGradient
 from m3po.config import AlgorithmCfg
 from m3po.models import WorldModel
 from m3po.models.task_policy import TaskGaussian, task_of
@@ -85,10 +86,16 @@ class M3PO:
         self.critic_replay = None
         if cfg.critic_replay.steps_per_iteration > 0:
             # without the task embeddings, which other networks share
-            own = self.policy_learner.optimizer.param_groups[1]["params"]
+            own = self.policy_learner.parameters("critic")
             self.critic_replay = CriticReplay(critic, own, self.estimator, cfg)
+        self.value_gradient = None
+        if cfg.value_gradient.steps_per_iteration > 0:
+            group_dims = {group: storage.obs[group].shape[-1] for group in model_groups}
+            ahead = observation_model(group_dims, storage.actions.shape[-1], self.tasks, cfg, seed, device)
+            self.value_gradient = ValueGradient(actor, self._policy, ahead, group_dims, self.estimator, self.tasks, cfg)
         learners = (self.policy_learner, self.model_learner, self.critic_replay)
         self._guards = [learner.guard for learner in learners if learner is not None]
+        self._guards += self.value_gradient.guards if self.value_gradient is not None else ()
         model_steps = cfg.world_model.steps_per_iteration + cfg.world_model.extra_steps
         self.learns_model = model_steps > 0
         self.stopwatch = Stopwatch(device)
@@ -160,15 +167,26 @@ class M3PO:
         )
         metrics |= distributed.means({"planner/fallback": self.behaviour.read_fallbacks()}, self.device)
         losses = {}
-        if self.learns_model or self.critic_replay is not None:
+        if self.learns_model or self.critic_replay is not None or self.value_gradient is not None:
             self.ring.add(self.storage)
         if self.critic_replay is not None:
             with self.stopwatch.section("update_policy"):
                 losses |= self.critic_replay.train(self.ring)
                 self.advantage_std = self.estimator.evaluate_again(self.storage)
-        metrics |= self._apply_bonus()
+        alpha = annealed_alpha(self.cfg.bonus, self.iteration / max(1, self.max_iterations))
+        to_gap = (self.model, self.model_obs, self.tasks.discounts, self.advantage_std)
+        metrics |= apply_bonus(self.storage, *to_gap, alpha, self.cfg.bonus)
+        ahead = self.value_gradient
         with self.stopwatch.section("update_policy"):
+            if ahead is not None:
+                metrics |= ahead.plan(self.storage)
+                self.policy_learner.leave(ahead.expected_kl)
             losses |= self.policy_learner.train(self.storage)
+            if ahead is not None:
+                metrics |= ahead.improve(self.storage, self.ring.generator)
+        if ahead is not None:
+            with self.stopwatch.section("update_model"):
+                losses |= ahead.train(self.ring, self.storage, self.iteration)
         if self.learns_model:
             with self.stopwatch.section("update_model"):
                 quality = self.model_learner.measure(self.ring.newest(self.cfg.world_model.horizon))
@@ -188,32 +206,6 @@ class M3PO:
         self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         self.storage.clear()
         return losses
-
-    def _apply_bonus(self) -> dict[str, float]:
-        """Add the exploration bonus (7) to the stored advantages."""
-        st, cfg = self.storage, self.cfg.bonus
-        alpha = annealed_alpha(cfg, self.iteration / max(1, self.max_iterations))
-        metrics = {"bonus/alpha": alpha, "bonus/gap": 0.0, "bonus/mean_abs": 0.0}
-        if alpha == 0.0:
-            return metrics
-        obs, task = self.model_obs(st.obs).flatten(0, 1), st.task.flatten()
-        gap = value_gap(
-            self.model,
-            obs,
-            st.actions.flatten(0, 1),
-            st.rewards.flatten(),
-            self.model_obs(st.next_obs).flatten(0, 1),
-            st.terminated.flatten(),
-            task,
-            self.tasks.discounts[task],
-        )
-        centred = centre(gap / self.advantage_std[task], task, len(self.advantage_std), cfg.centering)
-        centred = (centred * (st.next_obs_valid & ~st.lost).flatten()).view_as(st.advantages)
-        with_bonus = add_bonus(st.advantages, centred, alpha, cfg.floor)
-        sizes = torch.stack((gap.mean(), (with_bonus - st.advantages).abs().mean()))
-        metrics["bonus/gap"], metrics["bonus/mean_abs"] = distributed.mean(sizes, weight=len(gap)).tolist()
-        st.advantages.copy_(with_bonus)
-        return metrics
 
     def _update_statistics(self) -> None:
         """Normalisers, frozen until here, learn from the rollout; the model trains on the new statistics next."""
@@ -284,9 +276,7 @@ class M3PO:
     def save(self) -> dict[str, Any]:
         """Everything to be restored, as tensors and plain values."""
         units = {"reward_units_state_dict": self.estimator.rewards.state_dict()} if self.cfg.normalize_values else {}
-        replay = {}
-        if self.critic_replay is not None:
-            replay["critic_replay_optimizer_state_dict"] = self.critic_replay.optimizer.state_dict()
+        optional = {f"{name}_state_dict": part.state_dict() for name, part in self._optional().items()}
         return {
             "actor_state_dict": self.actor.state_dict(),
             "critic_state_dict": self.critic.state_dict(),
@@ -294,7 +284,7 @@ class M3PO:
             "optimizer_state_dict": self.policy_learner.optimizer.state_dict(),
             "world_model_optimizer_state_dict": self.model_learner.optimizer.state_dict(),
             **units,
-            **replay,
+            **optional,
             "m3po_state": {
                 "learning_rate": self.learning_rate,
                 "task_learning_rates": self.policy_learner.task_rates.tolist(),
@@ -321,8 +311,9 @@ class M3PO:
         if load_cfg.get("optimizer"):
             self.policy_learner.optimizer.load_state_dict(loaded_dict["optimizer_state_dict"])
             self.model_learner.optimizer.load_state_dict(loaded_dict["world_model_optimizer_state_dict"])
-            if self.critic_replay is not None and "critic_replay_optimizer_state_dict" in loaded_dict:  # not in older
-                self.critic_replay.optimizer.load_state_dict(loaded_dict["critic_replay_optimizer_state_dict"])
+            for name, part in self._optional().items():
+                if f"{name}_state_dict" in loaded_dict:  # not in older checkpoints
+                    part.load_state_dict(loaded_dict[f"{name}_state_dict"])
             state = loaded_dict["m3po_state"]
             self.policy_learner.learning_rate, self.iteration = state["learning_rate"], state["iteration"]
             self.policy_learner.task_rates = torch.tensor(state.get("task_learning_rates", []))
@@ -332,6 +323,17 @@ class M3PO:
             self.behaviour.restore(*gate)
             self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
         return load_cfg.get("iteration", False)
+
+    def _optional(self) -> dict[str, Any]:
+        """What the learners hold that a configuration may leave out, by name."""
+        parts = {}
+        if self.critic_replay is not None:
+            parts["critic_replay_optimizer"] = self.critic_replay.optimizer
+        if self.value_gradient is not None:
+            parts["observation_model"] = self.value_gradient.model
+            parts["observation_model_optimizer"] = self.value_gradient.optimizer
+            parts["value_gradient_optimizer"] = self.value_gradient.policy_optimizer
+        return parts
 
     def resume_state(self) -> dict[str, Any]:
         """What an exact continuation needs besides :meth:`save`: ring, random numbers, scales of the learning rates."""
@@ -354,7 +356,8 @@ class M3PO:
 
     def broadcast_parameters(self) -> None:
         """Send all parameters and statistics of rank 0 to the other ranks."""
-        for network in (self.actor, self.critic, self.model, self.estimator.rewards):
+        ahead = [self.value_gradient.model] if self.value_gradient is not None else []
+        for network in (self.actor, self.critic, self.model, self.estimator.rewards, *ahead):
             for tensor in network.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
         self.behaviour.imagination.model_changed()

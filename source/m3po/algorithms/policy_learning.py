@@ -42,22 +42,32 @@ class PolicyLearner:
         """
         self.actor, self.critic, self.cfg, self.units = actor, critic, cfg, units
         self.learning_rate = cfg.learning_rate
+        self.leave(0.0)
         heads = list(actor.task_head.parameters()) if isinstance(actor, TaskMLPModel) else []
         self.task_rates = torch.full((len(heads[0]),), cfg.learning_rate) if heads else torch.empty(0)
         """Step size of each task's output layer of the policy, (K,), on the host; empty where there are none."""
+        std = list(actor.distribution.parameters()) if cfg.std_learning_rate > 0.0 else []
         # Groups of their own for policy and critic: one adaptive rate for both starves the critic.
         known = {id(p) for p in actor.parameters()}
-        own = {id(p) for p in heads}
-        groups = [
-            [p for p in actor.parameters() if id(p) not in own],
-            [p for p in critic.parameters() if id(p) not in known],
-        ]
-        groups += [heads] if heads else []
-        self.optimizer = torch.optim.Adam([{"params": g, "lr": cfg.learning_rate} for g in groups], fused=True)
+        own = {id(p) for p in (*heads, *std)}
+        groups = {
+            "policy": [p for p in actor.parameters() if id(p) not in own],
+            "critic": [p for p in critic.parameters() if id(p) not in known],
+            "heads": heads,
+            "std": std,
+        }
+        self._names = [name for name, group in groups.items() if name in ("policy", "critic") or group]
+        self.optimizer = torch.optim.Adam(
+            [{"params": groups[name], "lr": cfg.learning_rate} for name in self._names], fused=True
+        )
         self.guard = StepGuard("policy", self.optimizer, (actor, critic), cfg.restore_after)
         self.learns_values = cfg.value_loss_coef > 0.0
         """Whether the critic learns here, or from the ring alone."""
         self._set_learning_rate(cfg.learning_rate)
+
+    def leave(self, kl: float) -> None:
+        """Leave a part of ``desired_kl``, in nats, to what else moves the policy; at least a quarter remains here."""
+        self.desired_kl = max(self.cfg.desired_kl - kl, 0.25 * self.cfg.desired_kl)
 
     def train(self, rollout: RolloutStorage) -> dict[str, float]:
         """Run all epochs. Returns the mean of each loss, and the share of clipped ratios in the first epoch."""
@@ -86,7 +96,7 @@ class PolicyLearner:
 
     def _step(self) -> None:
         """Clip the gradients and step; each task's output layer goes as far as its own rate says."""
-        heads = [p for group in self.optimizer.param_groups[2:] for p in group["params"]]
+        heads = self.parameters("heads")
         before = [p.detach().clone() for p in heads]
         networks = (self.actor, self.critic) if self.learns_values else (self.actor,)
         restored = self.guard.step(
@@ -140,15 +150,25 @@ class PolicyLearner:
 
     def _adapted(self, rate: float, kl: float | torch.Tensor) -> float:
         """A step size after an update of some KL; one of exactly 0 says nothing."""
-        if kl > 2.0 * self.cfg.desired_kl:
+        if kl > 2.0 * self.desired_kl:
             return max(1e-5, rate / 1.5)
-        if 0.0 < kl < 0.5 * self.cfg.desired_kl:
+        if 0.0 < kl < 0.5 * self.desired_kl:
             return min(1e-2, rate * 1.5)
         return rate
 
     def _set_learning_rate(self, rate: float) -> None:
-        policy, critic, *heads = self.optimizer.param_groups
-        self.learning_rate = policy["lr"] = rate
-        critic["lr"] = max(rate, self.cfg.critic_min_learning_rate)
-        for group in heads:
-            group["lr"] = self.task_rates.max().item()
+        self.learning_rate = rate
+        rates = {
+            "policy": rate,
+            "critic": max(rate, self.cfg.critic_min_learning_rate),
+            "std": self.cfg.std_learning_rate,
+        }
+        if len(self.task_rates):
+            rates["heads"] = self.task_rates.max().item()
+        for name, group in zip(self._names, self.optimizer.param_groups, strict=True):
+            group["lr"] = rates[name]
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Parameters of a group: ``policy``, ``critic``, each task's output layers (``heads``), ``std``."""
+        groups = dict(zip(self._names, self.optimizer.param_groups, strict=True))
+        return groups[name]["params"] if name in groups else []

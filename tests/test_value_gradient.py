@@ -1,0 +1,362 @@
+"""Look-ahead at update time: the model of observations, the gradient through it, and what the policy makes of it."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from toy_env import PointEnv, runner_cfg
+
+from m3po.algorithms.value_gradient import LARGEST_SHIFT
+from m3po.config import AlgorithmCfg
+from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.errors import UserError
+from m3po.models.observation_model import OUTLIER, ObservationModel
+from m3po.runners import M3PORunner
+from m3po.validation import validate
+
+pytestmark = pytest.mark.unit
+
+AHEAD = {"steps_per_iteration": 30, "batch_size": 128, "width": 32}
+
+
+def runner_of(env=None, folder=None, **algorithm) -> M3PORunner:
+    """M3PO with the value gradient and without latent model and planner."""
+    off = {"world_model": {"steps_per_iteration": 0}, "planner": {"share": 0.0}, "distill_coef": 0.0}
+    algorithm = {"value_gradient": AHEAD} | off | algorithm
+    return M3PORunner(env or PointEnv(32), runner_cfg(**algorithm), folder, "cpu")
+
+
+def collect(runner: M3PORunner) -> None:
+    """Fill the storage with a rollout, and estimate its advantages."""
+    alg, env = runner.alg, runner.env
+    obs = env.get_observations()
+    for _ in range(alg.storage.num_steps):
+        obs, rewards, dones, extras = env.step(alg.act(obs))
+        alg.process_env_step(obs, rewards, dones, extras)
+    alg.compute_returns(obs)
+
+
+class PointModel(ObservationModel):
+    """The physics of :class:`PointEnv` itself, with rewards."""
+
+    def step(self, obs, action, task):
+        """As the environment steps, actions not clipped; an episode goes on with probability 0.9."""
+        x, v = obs.chunk(2, dim=-1)
+        v = v + 0.1 * action
+        x = x + 0.1 * v
+        reward = -x.square().sum(-1) - 0.1 * action.square().sum(-1)
+        return torch.cat([x, v], dim=-1), reward, torch.full_like(reward, 0.9)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def transitions(count: int = 512, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random steps of two dimensions, a quarter of which fall, for a price of 100."""
+    stream = torch.Generator().manual_seed(seed)
+    obs, action = (torch.randn(count, 2, generator=stream) for _ in range(2))
+    terminated = obs[:, 0] > 0.67
+    reward = torch.where(terminated, -100.0, 3.0 + 0.01 * action[:, 0])
+    task = torch.zeros(count, dtype=torch.long)
+    return {
+        "obs": obs,
+        "action": action,
+        "next_obs": obs + 0.1 * action,
+        "reward": reward,
+        "terminated": terminated,
+        "task": task,
+    }
+
+
+def fitted(data: dict[str, torch.Tensor], steps: int = 400) -> ObservationModel:
+    """A model that was trained on transitions."""
+    torch.manual_seed(0)
+    model = ObservationModel(2, 2, 1, 32)
+    valid = torch.ones(len(data["obs"]), dtype=torch.bool)
+    model.update_statistics(data["obs"], data["next_obs"], valid, data["reward"], data["terminated"], data["task"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(term.mean() for term in model.losses(**data).values()).backward()
+        optimizer.step()
+    return model
+
+
+def test_an_untrained_model_predicts_no_change():
+    data = transitions()
+    model = ObservationModel(2, 2, 1, 32)
+    next_obs, reward, alive = model.step(data["obs"], data["action"], data["task"])
+    assert torch.equal(next_obs, data["obs"])
+    assert torch.equal(reward, torch.zeros_like(reward))
+    assert torch.allclose(alive, torch.full_like(alive, 0.5))
+
+
+def test_a_trained_model_predicts_change_reward_and_termination():
+    """The price of a fall, ten thousand times as large as what actions do to the reward, does not drown that."""
+    data = transitions()
+    model, unseen = fitted(data), transitions(seed=1)
+    with torch.no_grad():
+        next_obs, reward, alive = model.step(unseen["obs"], unseen["action"], unseen["task"])
+    change = unseen["next_obs"] - unseen["obs"]
+    assert (next_obs - unseen["next_obs"]).square().mean() < 0.01 * change.square().mean()
+    sure = (unseen["obs"][:, 0] - 0.67).abs() > 0.3
+    assert torch.equal((alive < 0.5)[sure], unseen["terminated"][sure])
+    fallen, going = unseen["terminated"] & sure, ~unseen["terminated"] & sure
+    assert (reward[fallen] + 100).abs().max() < 20  # nearly sure of it
+    # with the probability of the fall taken out, rewards are told apart to a part of what actions do
+    normal = model.reward_normalizer
+    with torch.no_grad():
+        _, scaled, _ = model.predict(unseen["obs"], unseen["action"], unseen["task"])
+    own = normal.mean[0, 0] + scaled * (normal.var[0, 0].sqrt() + normal.eps)
+    assert (own - unseen["reward"])[going].square().mean() < 0.2 * 0.01**2
+
+
+def test_outliers_do_not_set_the_targets():
+    data = transitions()
+    model = fitted(data, steps=0)
+    data["next_obs"][0] += 1e6
+    assert model.change_targets(data["obs"], data["next_obs"], data["task"]).abs().max() == OUTLIER
+    assert model.reward_targets(torch.tensor([-1e6, 3.0]), data["task"][:2]).abs().max() == OUTLIER
+
+
+# -- the gradient ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_imagined_values_are_those_of_a_plain_loop(horizon):
+    runner = runner_of(value_gradient=AHEAD | {"horizon": horizon})
+    ahead, alg = runner.alg.value_gradient, runner.alg
+    ahead.model.__class__ = PointModel
+    obs, task = PointEnv(16, seed=3).get_observations(), torch.zeros(16, dtype=torch.long)
+    action = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = ahead.imagine(obs, action, task)
+        for n in range(16):
+            x, a, expected = obs["policy"][n : n + 1], action[n : n + 1], 0.0
+            for k in range(horizon):
+                x, reward, _ = ahead.model.step(x, a, task[:1])
+                expected += (0.99 * 0.9) ** k * reward
+                a = alg.actor(TensorDict({"policy": x}, batch_size=[1]))
+            expected += (0.99 * 0.9) ** horizon * alg.critic(TensorDict({"policy": x}, batch_size=[1])).squeeze()
+            assert torch.allclose(found[n], expected.squeeze(), atol=1e-5)
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    runner = runner_of()
+    ahead = runner.alg.value_gradient
+    ahead.model.__class__ = PointModel
+    obs, task = PointEnv(8, seed=3).get_observations(), torch.zeros(8, dtype=torch.long)
+    for network in (ahead.actor, ahead.estimator.critic):
+        network.double()
+    obs = obs.apply(torch.Tensor.double)
+    ahead.actor(obs, stochastic_output=True)
+    mean, std = (x.detach() for x in ahead.policy(obs))
+    gradient = ahead.gradient(obs, task)
+    with torch.no_grad():
+        for d in range(2):
+            step = torch.zeros_like(mean)
+            step[:, d] = 1e-4
+            up, down = (ahead.imagine(obs, mean + sign * std * step, task) for sign in (1, -1))
+            assert torch.allclose(gradient[:, d], (up - down) / 2e-4, atol=1e-5)
+
+
+def test_the_gradient_reaches_no_network():
+    """Only the shift of the action is asked for: nothing is left behind for the optimisers to find."""
+    runner = runner_of()
+    runner.learn(2)
+    collect(runner)
+    alg = runner.alg
+    for p in (*alg.actor.parameters(), *alg.critic.parameters(), *alg.value_gradient.model.parameters()):
+        p.grad = None
+    alg.value_gradient.plan(alg.storage)
+    networks = (alg.actor, alg.critic, alg.value_gradient.model)
+    assert all(p.grad is None for network in networks for p in network.parameters())
+
+
+# -- the policy --------------------------------------------------------------------------------------------------------
+
+
+def planned(slope: float, **settings) -> M3PORunner:
+    """A runner whose gradient has been worth ``slope`` so far, with plans for a new rollout."""
+    torch.manual_seed(0)
+    runner = runner_of(value_gradient=AHEAD | settings)
+    runner.learn(3)
+    collect(runner)
+    runner.alg.value_gradient.model.slope.fill_(slope)
+    runner.alg.value_gradient.plan(runner.alg.storage)
+    return runner
+
+
+def test_plans_keep_to_the_trust_region():
+    ahead = planned(1e3, max_kl=0.08).alg.value_gradient
+    kl = 0.5 * ahead._shift.square().sum(-1)
+    assert kl.mean() <= 0.08 + 1e-5
+    assert kl.mean() > 0.04  # some plans are cut off, not most
+    assert kl.max() <= LARGEST_SHIFT**2 * 0.08 + 1e-4
+
+
+def test_plans_go_as_far_as_the_gradient_has_been_worth():
+    def reach(slope):
+        return planned(slope, full_slope=1.0).alg.value_gradient._shift.square().sum(-1).mean().sqrt().item()
+
+    assert reach(0.5) == pytest.approx(0.5 * reach(1e3), rel=0.3)  # the newest rollout has a say of a fifth
+
+
+def test_the_regression_follows_the_plans_and_moves_nothing_else():
+    runner = planned(1e3)
+    alg = runner.alg
+    obs, critic = alg.storage.obs.flatten(0, 1), [p.clone() for p in alg.critic.parameters()]
+    std, before = alg.actor.distribution.std_param.clone(), alg.actor(obs).detach()
+    model = [p.clone() for p in alg.value_gradient.model.parameters()]
+    metrics = alg.value_gradient.improve(alg.storage, torch.Generator().manual_seed(0))
+    moved = (alg.actor(obs).detach() - before) / std
+    assert metrics["ahead/followed"] > 0.3
+    assert metrics["ahead/kl"] == pytest.approx(0.5 * moved.square().sum(-1).mean().item(), rel=1e-3)
+    assert torch.equal(std, alg.actor.distribution.std_param)
+    assert all(map(torch.equal, critic, alg.critic.parameters()))
+    assert all(map(torch.equal, model, alg.value_gradient.model.parameters()))
+
+
+@pytest.mark.parametrize("slope", [-1e3, 0.0])
+def test_a_gradient_that_is_worth_nothing_moves_nothing(slope):
+    runner = planned(slope) if slope else runner_of()
+    alg = runner.alg
+    if not slope:  # an untrained model, whose gradient is 0
+        collect(runner)
+        alg.value_gradient.plan(alg.storage)
+    before = [p.clone() for p in alg.actor.parameters()]
+    metrics = alg.value_gradient.improve(alg.storage, torch.Generator().manual_seed(0))
+    assert metrics == {"ahead/kl": 0.0, "ahead/followed": 0.0}
+    assert all(map(torch.equal, before, alg.actor.parameters()))
+    assert alg.value_gradient.expected_kl == 0.0
+
+
+def test_the_slope_is_what_the_advantages_say():
+    """Advantages that are the noise along a direction have the slope 1 along it, and -1 against it."""
+    runner = planned(1.0)
+    st, ahead = runner.alg.storage, runner.alg.value_gradient
+    gradient = ahead.gradient(st.obs.flatten(0, 1), st.task.flatten())
+    direction = gradient / gradient.square().sum(-1).mean().sqrt()
+    noise = ((st.actions - st.mean) / st.std).flatten(0, 1)
+    along = (direction * noise).sum(-1)
+    for sign in (1, -1):
+        st.advantages.copy_((sign * along).view_as(st.advantages))
+        assert ahead.plan(st)["ahead/slope"] == pytest.approx(sign * along.square().mean().item(), rel=1e-4)
+
+
+def mean_reward(runner: M3PORunner) -> float:
+    """Mean reward of the noise-free policy over 40 steps from new episodes."""
+    env, total = PointEnv(256, episode=60, seed=11), 0.0
+    obs, _ = env.reset()
+    with torch.no_grad():
+        for _ in range(40):
+            obs, reward, _, _ = env.step(runner.alg.actor(obs))
+            total += reward.mean().item() / 40
+    return total
+
+
+def test_the_policy_learns_faster():
+    """Three seeds; in 15 rollouts of 8 steps, with everything else the same."""
+
+    def learnt(seed: int, steps: int) -> float:
+        torch.manual_seed(seed)
+        ahead = AHEAD | {"steps_per_iteration": steps}
+        runner = runner_of(PointEnv(64, episode=60, seed=seed), value_gradient=ahead, desired_kl=0.03)
+        runner.learn(15)
+        return mean_reward(runner)
+
+    with_it, without = ([learnt(seed, steps) for seed in (1, 2, 3)] for steps in (30, 0))
+    assert all(a > b for a, b in zip(with_it, without, strict=True)), (with_it, without)
+
+
+def test_it_leaves_room_in_the_trust_region_of_ppo():
+    learner = runner_of(desired_kl=0.06).alg.policy_learner
+    for spent, left in ((0.0, 0.06), (0.03, 0.03), (0.5, 0.015)):
+        learner.leave(spent)
+        assert learner.desired_kl == pytest.approx(left)
+
+
+def test_lost_steps_teach_nothing_whatever_they_show():
+    runs = []
+    for poison in (0.0, 50.0):
+        torch.manual_seed(0)
+        runner = runner_of()
+        runner.learn(2)
+        collect(runner)
+        st, alg = runner.alg.storage, runner.alg
+        st.lost[:, :3] = st.any_lost = True
+        for field in (st.obs["policy"], st.next_obs["policy"], st.actions, st.rewards):
+            field[:, :3] = poison
+        st.repair_lost()
+        alg.ring.add(st)
+        alg.value_gradient.model.slope.fill_(1.0)
+        alg.value_gradient.plan(st)
+        alg.value_gradient.improve(st, alg.ring.generator)
+        alg.value_gradient.train(alg.ring, st, 5)
+        runs.append([p.clone() for n in (alg.actor, alg.value_gradient.model) for p in n.parameters()])
+    assert all(map(torch.equal, *runs))
+
+
+def test_several_tasks_have_their_own_slopes_and_keep_their_dimensions():
+    members = [Member("near", PointEnv(16, edge=1.5), (-20.0, 0.0)), Member("far", PointEnv(16, dim=3, episode=30))]
+    runner = runner_of(MultiTaskVecEnv(members, "cpu"), normalize_values=True)
+    runner.learn(4)
+    collect(runner)
+    alg = runner.alg
+    assert alg.value_gradient.model.slope.shape == (2,)
+    alg.value_gradient.model.slope.copy_(torch.tensor([1.0, -1.0]))
+    alg.value_gradient.plan(alg.storage)
+    near = alg.storage.task.flatten() == 0
+    shift = alg.value_gradient._shift
+    assert shift[near, :2].abs().max() > 0
+    assert torch.equal(shift[near, 2], torch.zeros_like(shift[near, 2]))
+    assert torch.equal(shift[~near], torch.zeros_like(shift[~near]))
+
+
+def test_the_deviation_has_a_step_size_of_its_own():
+    """However small the policy's is: noise that a policy no longer needs costs what it earns."""
+    stds = []
+    for rate in (0.0, 1e-2):
+        torch.manual_seed(0)
+        runner = runner_of(std_learning_rate=rate, learning_rate=1e-5, schedule="fixed", value_gradient={})
+        runner.learn(4)
+        stds.append(runner.alg.actor.distribution.std_param.detach())
+        assert runner.alg.policy_learner.learning_rate == 1e-5
+    assert (stds[0] - 1).abs().max() < 2e-3 < (stds[1] - 1).abs().min()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+class Privileged(PointEnv):
+    """A critic that sees more than the policy."""
+
+    def get_observations(self):
+        """Groups ``policy`` and ``state``."""
+        obs = super().get_observations()
+        obs["state"] = obs["policy"].square()
+        return obs
+
+
+def test_a_critic_that_reads_what_the_model_does_not_predict_is_refused():
+    cfg = runner_cfg(value_gradient=AHEAD)
+    cfg["obs_groups"]["critic"] = ["policy", "state"]
+    with pytest.raises(UserError, match=r"critic also read state: add these to obs_groups\['model'\]"):
+        M3PORunner(Privileged(8), cfg, None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value_gradient": {"horizon": 0}}, "value_gradient.horizon must be at least 1, got 0"),
+        ({"value_gradient": {"batch_size": 0}}, "value_gradient.batch_size must be at least 1"),
+        ({"value_gradient": {"width": 0}}, "value_gradient.width must be at least 1"),
+        ({"value_gradient": {"num_epochs": 0}}, "value_gradient.num_epochs must be at least 1"),
+        ({"value_gradient": {"steps_per_iteration": -1}}, "value_gradient.steps_per_iteration must not be negative"),
+        ({"value_gradient": {"max_kl": -0.1}}, "value_gradient.max_kl must not be negative"),
+        ({"value_gradient": {"full_slope": 0.0}}, "value_gradient.full_slope must be positive, got 0.0"),
+        ({"std_learning_rate": -1.0}, "std_learning_rate must not be negative"),
+    ],
+)
+def test_wrong_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        validate(AlgorithmCfg(**change), 16, 8)
