@@ -56,10 +56,16 @@ class Arm:
         return TASKS[task].num_steps[self.algo]
 
 
+_SMALL = "Isaac-Cartpole-v0"
+"""The task that is planned in by default."""
+
 _A = "agent.algorithm."
 _NO_PLANNER = (f"{_A}planner.share=0.0", f"{_A}planner.stages=[]")
 _NO_MODEL = (f"{_A}world_model.steps_per_iteration=0", f"{_A}world_model.extra_steps=0")
 _NO_REPLAY = (f"{_A}critic_replay.steps_per_iteration=0", f"{_A}value_loss_coef=1.0")
+_NO_AHEAD = (f"{_A}value_gradient.steps_per_iteration=0",)
+_BEFORE_AHEAD = (*_NO_AHEAD, f"{_A}std_learning_rate=0.0")
+_PLANNER = (f"{_A}planner.share=0.25", f"{_A}world_model.steps_per_iteration=10", f"{_A}distill_coef=0.2")
 _LOCOMOTION = (
     "agent.num_steps_per_env=8",
     f"{_A}desired_kl=0.06",
@@ -82,59 +88,59 @@ ARMS = {
     ),
     # the same before KL 0.06 had been tried
     "ppo-tuned-2": Arm("ppo", by_task={"Isaac-Ant-v0": (*_LOCOMOTION, f"{_A}desired_kl=0.03")}),
-    # M3PO's default before its critic learnt on the ring
+    # M3PO's default before the value gradient: it looked ahead with the planner alone
+    "m3po-3": Arm(
+        "m3po",
+        (*_BEFORE_AHEAD, f"{_A}critic_replay.steps_per_iteration=32"),
+        {
+            "Isaac-Cartpole-v0": (f"{_A}desired_kl=0.03",),
+            "Isaac-Ant-v0": (*_PLANNER, f"{_A}desired_kl=0.06"),
+            "Isaac-Humanoid-v0": (*_PLANNER, f"{_A}desired_kl=0.06"),
+        },
+    ),
+    # before its critic learnt on the ring
     "m3po-2": Arm(
         "m3po",
-        _NO_REPLAY,
+        (*_BEFORE_AHEAD, *_NO_REPLAY),
         {
             "Isaac-Cartpole-v0": (f"{_A}desired_kl=0.01",),
-            "Isaac-Ant-v0": (f"{_A}desired_kl=0.03",),
-            "Isaac-Humanoid-v0": (f"{_A}desired_kl=0.03",),
+            "Isaac-Ant-v0": (*_PLANNER, f"{_A}desired_kl=0.03"),
+            "Isaac-Humanoid-v0": (*_PLANNER, f"{_A}desired_kl=0.03"),
         },
     ),
     # and before this campaign: rollouts of 16 steps, the tasks' own KL, more planning and model steps
     "m3po-1": Arm(
         "m3po",
-        ("agent.num_steps_per_env=16", f"{_A}desired_kl=0.01", *_NO_REPLAY),
+        ("agent.num_steps_per_env=16", f"{_A}desired_kl=0.01", *_BEFORE_AHEAD, *_NO_REPLAY),
         {
             "Isaac-Cartpole-v0": (
                 f"{_A}world_model.steps_per_iteration=8",
                 f"{_A}world_model.extra_steps=120",
                 f"{_A}world_model.extra_iterations=10",
             ),
-            "Isaac-Ant-v0": (f"{_A}world_model.steps_per_iteration=28", f"{_A}planner.share=0.5"),
-            "Isaac-Humanoid-v0": (f"{_A}world_model.steps_per_iteration=28", f"{_A}planner.share=0.5"),
+            "Isaac-Ant-v0": (*_PLANNER, f"{_A}world_model.steps_per_iteration=28", f"{_A}planner.share=0.5"),
+            "Isaac-Humanoid-v0": (*_PLANNER, f"{_A}world_model.steps_per_iteration=28", f"{_A}planner.share=0.5"),
         },
     ),
     # one thing taken away or added
+    "m3po-no-value-gradient": Arm("m3po", _NO_AHEAD),
     "m3po-no-critic-replay": Arm("m3po", _NO_REPLAY),
-    "m3po-core": Arm("m3po", (*_NO_PLANNER, f"{_A}distill_coef=0.0", *_NO_MODEL)),
-    "m3po-no-planner": Arm("m3po", _NO_PLANNER),
-    "m3po-no-distillation": Arm("m3po", (f"{_A}distill_coef=0.0",)),
-    "m3po-bonus": Arm("m3po", (f"{_A}bonus.alpha=0.3",)),
-    "m3po-no-extra-steps": Arm("m3po", (f"{_A}world_model.extra_steps=0",)),
-    "m3po-no-consistency": Arm("m3po", (f"{_A}world_model.consistency_coef=0.0",)),
-    "m3po-no-reward-loss": Arm("m3po", (f"{_A}world_model.reward_coef=0.0",)),
-    "m3po-no-value-loss": Arm("m3po", (f"{_A}world_model.value_coef=0.0",)),
-    "m3po-no-continuation-loss": Arm("m3po", (f"{_A}world_model.continuation_coef=0.0",)),
-    "m3po-no-prior-loss": Arm("m3po", (f"{_A}world_model.prior_coef=0.0",)),
+    "m3po-no-std-rate": Arm("m3po", (f"{_A}std_learning_rate=0.0",)),
+    "m3po-horizon-1": Arm("m3po", (f"{_A}value_gradient.horizon=1",)),
+    "m3po-with-planner": Arm("m3po", by_task={"Isaac-Ant-v0": _PLANNER, "Isaac-Humanoid-v0": _PLANNER}),
+    "m3po-no-planner": Arm("m3po", by_task={_SMALL: (*_NO_PLANNER, f"{_A}distill_coef=0.0", *_NO_MODEL)}),
+    "m3po-bonus": Arm("m3po", by_task={_SMALL: (f"{_A}bonus.alpha=0.3",)}),
 }
 
 SUITES = {
     "main": ["m3po", "ppo-tuned", "ppo-shipped"],
     "ablation": [
+        "m3po-no-value-gradient",
         "m3po-no-critic-replay",
-        "m3po-core",
+        "m3po-no-std-rate",
+        "m3po-horizon-1",
+        "m3po-with-planner",
         "m3po-no-planner",
-        "m3po-no-distillation",
         "m3po-bonus",
-        "m3po-no-consistency",
-    ],
-    "losses": [
-        "m3po-no-extra-steps",
-        "m3po-no-reward-loss",
-        "m3po-no-value-loss",
-        "m3po-no-continuation-loss",
-        "m3po-no-prior-loss",
     ],
 }

@@ -24,11 +24,14 @@ from benchmark_arms import ARMS, SUITES, TASKS
 from benchmark_runs import ROOT
 from benchmark_runs import run_python as _python
 
+from m3po.evaluation_process import policies_of
+
 DATA = ROOT / "benchmarks" / "learning"
 COLUMNS = (
     "iteration", "env_steps", "seconds", "mean_step_reward", "mean_return", "mean_length", "time_collect", "time_plan",
     "time_physics", "time_update", "planner/share", "planner/kl", "planner/gain", "model/skill_1", "model/skill_H",
     "model/reward_ev", "model/value_ev", "policy/effective_sample_size", "policy/value_ev", "bonus/mean_abs",
+    "ahead/skill", "ahead/reward_ev", "ahead/slope", "ahead/max_kl", "ahead/kl", "ahead/followed", "action_std",
 )  # fmt: skip
 """Columns of ``progress.csv`` that are kept; PPO has none with a slash."""
 
@@ -63,7 +66,7 @@ def run(task: str, arm: str, seed: int, episodes: int) -> None:
             manifest = json.loads((found[0].parent / "run.json").read_text(encoding="utf-8"))
             record["manifest"] = {k: v for k, v in manifest.items() if k in ("versions", "git", "device", "physics")}
             checkpoint = found[0].parent / "model_last.pt"
-            policies = ["prior", "planner"] if settings.algo == "m3po" else ["prior"]
+            policies = policies_of(manifest["configuration"]["agent"])
             record["evaluation"] = {p: _evaluate(task, arm, checkpoint, p, episodes) for p in policies if episodes > 0}
             with open(found[0], encoding="utf-8") as source, open(target, "w", newline="", encoding="utf-8") as sink:
                 rows = csv.DictReader(source)

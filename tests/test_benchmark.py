@@ -33,7 +33,10 @@ def calls(monkeypatch, tmp_path):
             return subprocess.CompletedProcess(arguments, 1, "something broke")
         folder = Path(arguments[arguments.index("--log_root") + 1]) / "run"
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"versions": {"torch": "1"}, "environment": "secret"}))
+        model = {"steps_per_iteration": 10 if "11" in arguments else 0}  # only then is there a planner
+        agent = {"algorithm": {"world_model": model} if "m3po" in arguments else {}}
+        manifest = {"versions": {"torch": "1"}, "environment": "secret", "configuration": {"agent": agent}}
+        (folder / "run.json").write_text(json.dumps(manifest))
         with open(folder / "progress.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("iteration", "env_steps", "seconds", "mean_step_reward", "mean_return", "unwanted"))
@@ -49,7 +52,7 @@ def test_runs_are_stored_once_and_crashes_reported(calls, tmp_path):
     for _ in range(2):
         for seed in (11, 12, 13):
             benchmark_learning.run("Isaac-Ant-v0", "m3po", seed, 4)
-    assert len(calls) == 3 + 2 * 2  # three trainings, prior and planner of the two that finished
+    assert len(calls) == 3 + 2 + 1  # three trainings, prior and planner of one that finished, prior of the other
     record = json.loads((tmp_path / "Isaac-Ant-v0" / "m3po" / "seed13.json").read_text())
     assert record["crashed"]
     assert "something broke" in record["output"]

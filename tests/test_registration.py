@@ -107,11 +107,16 @@ def test_agent_combines_the_tasks_configuration_with_the_preset(facts):
     assert ant["actor"]["hidden_dims"] == ppo["actor"]["hidden_dims"]
     for name in ("gamma", "entropy_coef", "clip_param", "num_mini_batches", "max_grad_norm"):
         assert ant["algorithm"][name] == ppo["algorithm"][name]
-    for name in ("lam", "learning_rate", "schedule", "planner", "bonus"):
+    for name in ("lam", "learning_rate", "schedule", "bonus"):
         assert ant["algorithm"][name] == preset[name]
+    assert ant["algorithm"]["planner"] == preset["planner"] | {"share": 0.0}  # and no model is trained for it
+    assert ant["algorithm"]["world_model"] == preset["world_model"] | {"steps_per_iteration": 0}
     assert (ant["num_steps_per_env"], ant["max_iterations"], ant["device"]) == (8, 256, "cpu")
     assert (ant["algorithm"]["desired_kl"], ant["algorithm"]["value_loss_coef"]) == (0.06, 0.0)
-    assert ant["algorithm"]["critic_replay"]["steps_per_iteration"] == 32
+    assert ant["algorithm"]["critic_replay"]["steps_per_iteration"] == 64
+    ahead = {"steps_per_iteration": 60, "extra_steps": 200}
+    assert ant["algorithm"]["value_gradient"] == preset["value_gradient"] | ahead
+    assert ant["algorithm"]["std_learning_rate"] == 0.002
 
 
 def test_a_cuda_device_keeps_the_tasks_rollout_and_gets_the_larger_preset(facts):

@@ -5,6 +5,7 @@ import torch
 from tensordict import TensorDict
 from toy_env import PointEnv, runner_cfg
 
+from m3po.algorithms.construction import observation_model
 from m3po.algorithms.value_gradient import LARGEST_SHIFT
 from m3po.config import AlgorithmCfg
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
@@ -131,12 +132,13 @@ def test_imagined_values_are_those_of_a_plain_loop(horizon):
     with torch.no_grad():
         found = ahead.imagine(obs, action, task)
         for n in range(16):
-            x, a, expected = obs["policy"][n : n + 1], action[n : n + 1], 0.0
+            x, a, earned, expected = obs["policy"][n : n + 1], action[n : n + 1], 0.0, 0.0
             for k in range(horizon):
                 x, reward, _ = ahead.model.step(x, a, task[:1])
-                expected += (0.99 * 0.9) ** k * reward
-                a = alg.actor(TensorDict({"policy": x}, batch_size=[1]))
-            expected += (0.99 * 0.9) ** horizon * alg.critic(TensorDict({"policy": x}, batch_size=[1])).squeeze()
+                earned += (0.99 * 0.9) ** k * reward
+                state = TensorDict({"policy": x}, batch_size=[1])
+                a, end = alg.actor(state), alg.critic(state).squeeze()
+                expected += (earned + (0.99 * 0.9) ** (k + 1) * end) / horizon
             assert torch.allclose(found[n], expected.squeeze(), atol=1e-5)
 
 
@@ -330,18 +332,38 @@ def test_the_deviation_has_a_step_size_of_its_own():
 class Privileged(PointEnv):
     """A critic that sees more than the policy."""
 
+    shape = (4,)
+
     def get_observations(self):
         """Groups ``policy`` and ``state``."""
         obs = super().get_observations()
-        obs["state"] = obs["policy"].square()
+        obs["state"] = obs["policy"].square().view(-1, *self.shape)
         return obs
 
+    def step(self, actions):
+        """As the point, with both groups before a reset."""
+        obs, rewards, dones, extras = super().step(actions)
+        if "final_obs" in extras:
+            extras["final_obs"] = {**extras["final_obs"], "state": extras["final_obs"]["policy"].square()}
+        return obs, rewards, dones, extras
 
-def test_a_critic_that_reads_what_the_model_does_not_predict_is_refused():
+
+def test_what_the_critic_alone_reads_is_predicted_as_well():
     cfg = runner_cfg(value_gradient=AHEAD)
     cfg["obs_groups"]["critic"] = ["policy", "state"]
-    with pytest.raises(UserError, match=r"critic also read state: add these to obs_groups\['model'\]"):
-        M3PORunner(Privileged(8), cfg, None, "cpu")
+    runner = M3PORunner(Privileged(32), cfg, None, "cpu")
+    runner.learn(6)
+    ahead = runner.alg.value_gradient
+    assert ahead.group_dims == {"policy": 4, "state": 4}
+    assert runner.alg.metrics["ahead/skill"] > 0.3
+
+
+def test_a_critic_that_reads_pictures_is_refused(monkeypatch):
+    monkeypatch.setattr(Privileged, "shape", (2, 2))
+    runner = runner_of(Privileged(8))
+    storage = runner.alg.storage
+    with pytest.raises(UserError, match=r"read group 'state' of shape \(2, 2\): leave it out with"):
+        observation_model(storage.obs, ["policy", "state"], 2, runner.alg.tasks, runner.alg.cfg, 0, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ class CriticReplayCfg:
 
 @dataclass
 class ValueGradientCfg:
-    """Look-ahead at update time: the policy also follows the gradient of an imagined value, SVG(H)."""
+    """Look-ahead at update time: the policy also follows the gradient of an imagined value."""
 
     steps_per_iteration: int = 0
     """Gradient steps of the model of observations after each rollout. 0: there is no such model, and no look-ahead."""
@@ -237,7 +237,7 @@ class ValueGradientCfg:
     """Adam's step size of the model."""
 
     horizon: int = 3
-    """Imagined steps H before the critic's value."""
+    """Most imagined steps H before the critic's value; the mean over 1 to H is taken."""
 
     max_kl: float = 0.06
     """Trust region: largest mean KL between policy and plans, nats."""

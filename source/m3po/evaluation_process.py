@@ -32,8 +32,6 @@ _EXIT_SECONDS = 10
 SEED_OFFSET = 10_000
 """Added to the training's seed: evaluation starts from states that training does not draw."""
 
-POLICIES = {"m3po": ("prior", "planner"), "ppo": ("prior",)}
-"""What is evaluated of each algorithm; the environments are split evenly among them."""
 
 Evaluate = Callable[[str], dict[str, dict]]
 """Path of a checkpoint -> results of its policies by name."""
@@ -189,6 +187,16 @@ def _listen(orders: queue.SimpleQueue) -> None:
     for line in sys.stdin:
         orders.put(json.loads(line))
     os._exit(0)
+
+
+def policies_of(train_cfg: dict[str, Any]) -> tuple[str, ...]:
+    """What is evaluated of a runner configuration, whose environments are split evenly among them.
+
+    The planner needs the latent model, which not every configuration trains.
+    """
+    model = train_cfg["algorithm"].get("world_model", {})
+    trained = any(model.get(name) for name in ("steps_per_iteration", "extra_steps"))
+    return ("prior", "planner") if trained else ("prior",)
 
 
 def acting_cfg(train_cfg: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from m3po.config import (
     BonusCfg,
     CriticReplayCfg,
     PlannerCfg,
+    ValueGradientCfg,
     WorldModelCfg,
     from_dict,
 )
@@ -44,8 +45,15 @@ CPU_MAX_ITERATIONS = 256
 CPU_DESIRED_KL = {"small": 0.03, "large": 0.06}
 """Target KL per update of the default mode on the CPU, for small policies and the others."""
 
-CPU_CRITIC_STEPS = 32
+CPU_CRITIC_STEPS = 64
 """Gradient steps of the critic on the ring per rollout in the default mode on the CPU; it learns nowhere else then."""
+
+CPU_AHEAD_STEPS, CPU_AHEAD_EXTRA_STEPS = 60, 200
+"""Gradient steps per rollout, and more in the first ten, of the model that the value gradient looks ahead with, in the
+default mode on the CPU."""
+
+CPU_STD_LEARNING_RATE = 2e-3
+"""Step size of the actions' deviation of the default mode on the CPU."""
 
 INIT_STD = 0.5
 """Initial standard deviation of the actions of the default mode on the CPU, but for small policies."""
@@ -122,6 +130,7 @@ M3POWorldModelCfg = _MIRRORS[WorldModelCfg]
 M3POPlannerCfg = _MIRRORS[PlannerCfg]
 M3POBonusCfg = _MIRRORS[BonusCfg]
 M3POCriticReplayCfg = _MIRRORS[CriticReplayCfg]
+M3POValueGradientCfg = _MIRRORS[ValueGradientCfg]
 M3POAlgorithmCfg = _MIRRORS[AlgorithmCfg]
 
 
@@ -199,6 +208,13 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
         cfg.algorithm.desired_kl = CPU_DESIRED_KL["small" if algorithm.world_model.size == "micro" else "large"]
         cfg.algorithm.critic_replay.steps_per_iteration = CPU_CRITIC_STEPS
         cfg.algorithm.value_loss_coef = 0.0
+        cfg.algorithm.value_gradient.steps_per_iteration = CPU_AHEAD_STEPS
+        cfg.algorithm.value_gradient.extra_steps = CPU_AHEAD_EXTRA_STEPS
+        cfg.algorithm.std_learning_rate = CPU_STD_LEARNING_RATE
+        if algorithm.world_model.size != "micro":
+            # The planner added nothing there (docs/experiments.md), so that its model need not be trained.
+            cfg.algorithm.world_model.steps_per_iteration = 0
+            cfg.algorithm.planner.share = cfg.algorithm.distill_coef = 0.0
         distribution = getattr(cfg.actor, "distribution_cfg", None)
         if hasattr(distribution, "init_std"):
             distribution.init_std = first_noise(task_cfg)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from m3po.errors import UserError
-from m3po.evaluation_process import POLICIES, SEED_OFFSET, Evaluate, EvaluationProcess, acting_cfg, answer
+from m3po.evaluation_process import SEED_OFFSET, Evaluate, EvaluationProcess, acting_cfg, answer, policies_of
 
 from . import launch
 
@@ -29,10 +29,10 @@ class EvaluationWorker(EvaluationProcess):
         Raises:
             UserError: If there are fewer environments than policies to evaluate.
         """
-        if num_envs < len(POLICIES[job.algo]):
+        kinds = policies_of(job.train_cfg())
+        if num_envs < len(kinds):
             raise UserError(
-                f"evaluating {' and '.join(POLICIES[job.algo])} needs at least {len(POLICIES[job.algo])} environments, "
-                f"got {num_envs}."
+                f"evaluating {' and '.join(kinds)} needs at least {len(kinds)} environments, got {num_envs}."
             )
         # The child repeats the training's own resolution of its configuration, checks included, before it changes the
         # number of environments and the seed. Thus it accepts whatever the training has accepted.
@@ -48,7 +48,7 @@ def _build(order: dict[str, Any]) -> Iterator[Evaluate]:
     from m3po.runners import M3PORunner
 
     job = make_job(order["arguments"], order["num_envs"])
-    kinds = POLICIES[job.algo]
+    kinds = policies_of(job.train_cfg())
     with launch.environment(job) as env:
         runner = M3PORunner(env, acting_cfg(job.train_cfg()), log_dir=None, device=job.device)
 

@@ -77,7 +77,7 @@ class Job:
         """Nested dictionary for the runner, a fresh one each time because the runner changes it."""
         from isaaclab.utils import to_dict
 
-        return to_dict(self.agent_cfg) | {"task": self.task}
+        return to_dict(self.agent_cfg) | {"task": self.task, "algo": self.algo}
 
     def arguments(self) -> list[str]:
         """Options that recreate this job in another process; number of environments and seed are left to it."""

@@ -105,11 +105,36 @@ def build_networks(
 
 
 def observation_model(
-    group_dims: dict[str, int], action_dim: int, tasks: Tasks, cfg: AlgorithmCfg, seed: int, device: str
-) -> ObservationModel:
-    """Build the value gradient's model of observation groups; it changes no other network's draws."""
+    obs: TensorDict, groups: list[str], action_dim: int, tasks: Tasks, cfg: AlgorithmCfg, seed: int, device: str
+) -> tuple[ObservationModel, dict[str, int]]:
+    """Build the value gradient's model; it changes no other network's draws.
+
+    Args:
+        obs: Example observations, any batch size.
+        groups: Observation groups that policy, critic and latent model read.
+        action_dim: Action dimensions A.
+        tasks: Tasks of the environments.
+        cfg: Configuration.
+        seed: Seed of the initial weights.
+        device: Torch device.
+
+    Returns:
+        The model, and the groups with their dimensions.
+
+    Raises:
+        UserError: If a group is not a vector.
+    """
+    dims = {}
+    for group in dict.fromkeys(groups):
+        shape = tuple(obs[group].shape[obs.batch_dims :])
+        if len(shape) != 1:
+            raise UserError(
+                f"the value gradient's model predicts vectors, but policy or critic read group '{group}' of shape "
+                f"{shape}: leave it out with agent.algorithm.value_gradient.steps_per_iteration=0."
+            )
+        dims[group] = shape[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
         width = cfg.value_gradient.width
-        model = ObservationModel(sum(group_dims.values()), action_dim, tasks.count, width, tasks.obs_dims)
-    return model.to(device)
+        model = ObservationModel(sum(dims.values()), action_dim, tasks.count, width, tasks.obs_dims)
+    return model.to(device), dims

@@ -90,9 +90,9 @@ class M3PO:
             self.critic_replay = CriticReplay(critic, own, self.estimator, cfg)
         self.value_gradient = None
         if cfg.value_gradient.steps_per_iteration > 0:
-            group_dims = {group: storage.obs[group].shape[-1] for group in model_groups}
-            ahead = observation_model(group_dims, storage.actions.shape[-1], self.tasks, cfg, seed, device)
-            self.value_gradient = ValueGradient(actor, self._policy, ahead, group_dims, self.estimator, self.tasks, cfg)
+            groups = [*model_groups, *actor.obs_groups, *critic.obs_groups]
+            built = observation_model(storage.obs, groups, storage.actions.shape[-1], self.tasks, cfg, seed, device)
+            self.value_gradient = ValueGradient(actor, self._policy, *built, self.estimator, self.tasks, cfg)
         learners = (self.policy_learner, self.model_learner, self.critic_replay)
         self._guards = [learner.guard for learner in learners if learner is not None]
         self._guards += self.value_gradient.guards if self.value_gradient is not None else ()
@@ -384,7 +384,7 @@ class M3PO:
             # Isaac Lab reads this at every step: it makes the observation before a reset available.
             env.cfg.compute_final_obs = True
         task_group = ["task"] if tasks.conditioned else []
-        next_groups = list(dict.fromkeys([*cfg["obs_groups"]["critic"], *model_groups, *task_group]))
+        next_groups = list(dict.fromkeys([*cfg["obs_groups"]["critic"], *model_groups, *actor.obs_groups, *task_group]))
         storage = RolloutStorage(obs, next_groups, num_steps, env.num_actions, device)
         return M3PO(
             actor,

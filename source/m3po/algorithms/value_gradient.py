@@ -1,8 +1,8 @@
 """Look-ahead at update time: the policy moves along the gradient of a value imagined from stored observations.
 
 PPO learns from how an action happened to turn out. A model tells how the value *would* change with the action, in
-every dimension at once and without that noise: the stochastic value gradient SVG(H) of arXiv 1510.09142 at the mean
-action, with PPO's own critic at the end of H imagined steps. As with the planner, the result is a plan within a trust
+every dimension at once and without that noise: the stochastic value gradient of arXiv 1510.09142 at the mean action,
+with PPO's own critic at the end of 1 to H imagined steps. As with the planner, the result is a plan within a trust
 region, which the policy's mean is regressed onto; unlike the planner it costs nothing while acting.
 """
 
@@ -21,7 +21,6 @@ from m3po.algorithms.model_learning import explained_variance, mean_per_task
 from m3po.algorithms.step_guard import StepGuard
 from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg
-from m3po.errors import UserError
 from m3po.models.observation_model import ObservationModel
 from m3po.storage import RolloutRing, RolloutStorage
 
@@ -54,24 +53,15 @@ class ValueGradient:
             actor: Policy.
             policy: Observations -> its mean and deviation, (B, A) each.
             model: Model of observations.
-            group_dims: Observation groups that the model reads, in this order, with their dimensions.
+            group_dims: Observation groups that the model reads and predicts, all that policy and critic read among
+                them, in this order, with their dimensions.
             estimator: Evaluates observations with the critic.
             tasks: Tasks of the environments.
             cfg: Configuration.
-
-        Raises:
-            UserError: If policy or critic read a group that the model does not predict.
         """
         self.actor, self.policy, self.model, self.group_dims = actor, policy, model, group_dims
         self.estimator, self.tasks, self.cfg = estimator, tasks, cfg.value_gradient
         self.num_mini_batches, self.max_grad_norm = cfg.num_mini_batches, cfg.max_grad_norm
-        unknown = sorted({*actor.obs_groups, *estimator.critic.obs_groups} - {*group_dims})
-        if unknown:
-            raise UserError(
-                f"the value gradient's model predicts the observation groups {', '.join(group_dims)}, but policy or "
-                f"critic also read {', '.join(unknown)}: add these to obs_groups['model'], or leave the value gradient "
-                "out (agent.algorithm.value_gradient.steps_per_iteration=0)."
-            )
         self.optimizer = torch.optim.Adam(model.parameters(), lr=self.cfg.learning_rate, fused=True)
         self.policy_optimizer = torch.optim.Adam(actor.parameters(), lr=self.cfg.policy_learning_rate, fused=True)
         self.guards = (
@@ -140,7 +130,9 @@ class ValueGradient:
         return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) * self.tasks.action_mask[task]
 
     def imagine(self, obs: TensorDict, action: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-        """Value of an action that the policy's mean actions follow: H imagined steps, and the critic after them.
+        """Value of an action that the policy's mean actions follow: imagined steps, and the critic after them.
+
+        It is the mean over 1 to H steps: whether the critic or the model is to be trusted differs between tasks.
 
         Args:
             obs: Observations, batch size (B,).
@@ -151,15 +143,16 @@ class ValueGradient:
             Discounted value, reward units, (B,).
         """
         gamma, x = self.tasks.discounts[task], self._vector(obs)
-        value, weight = torch.zeros_like(gamma), torch.ones_like(gamma)
+        earned, weight, values = torch.zeros_like(gamma), torch.ones_like(gamma), []
         for k in range(self.cfg.horizon):
             if k > 0:
                 action = self.actor(obs)
             x, reward, alive = self.model.step(x, action, task)
-            value = value + weight * reward
+            earned = earned + weight * reward
             weight = weight * gamma * alive
             obs = self._groups(x, obs)
-        return value + weight * self.estimator.values(obs, task)
+            values.append(earned + weight * self.estimator.values(obs, task))
+        return torch.stack(values).mean(0)
 
     def train(self, ring: RolloutRing, rollout: RolloutStorage, iteration: int) -> dict[str, float]:
         """Take the model's gradient steps of an iteration, counted from 0.

@@ -10,7 +10,7 @@ from typing import Any
 from m3po.cli import suite_job
 from m3po.cli.arguments import Parser
 from m3po.evaluation import evaluate_policies
-from m3po.evaluation_process import POLICIES, SEED_OFFSET, Evaluate, acting_cfg, answer
+from m3po.evaluation_process import SEED_OFFSET, Evaluate, acting_cfg, answer, policies_of
 from m3po.runners import M3PORunner
 
 
@@ -20,7 +20,7 @@ def _build(order: dict[str, Any]) -> Iterator[Evaluate]:
     parser = Parser()
     suite_job.add_common_arguments(parser)
     job = suite_job.prepare(parser, order["arguments"])
-    kinds = POLICIES[job.args.algo]
+    kinds = policies_of(job.train_cfg)
     sizes = [order["num_envs"]] * len(job.infos)
     with suite_job.environments(job, sizes, job.seed + SEED_OFFSET) as env:
         runner = M3PORunner(env, acting_cfg(job.train_cfg), log_dir=None, device=job.device)

@@ -81,12 +81,14 @@ def _main(argv: list[str]) -> int:
     agent = playing.trained_agent(content, job.train_cfg, job.overrides)
     if agent is None:
         raise CheckpointError(f"'{checkpoint}' does not carry the configuration of its networks.")
+    train_cfg = acting_cfg(agent | {name: job.train_cfg[name] for name in ("task", "algo")} | {"seed": job.seed})
+    playing.check_policy(args.policy, train_cfg)
     outputs = playing.choose_outputs(args, checkpoint)
     tasks = ", ".join(f"{name} x {size}" for name, size in zip(job.names, job.sizes, strict=True))
     print(f"[m3po] tasks ({len(job.names)}): {tasks}")
     print(f"[m3po] algorithm: {args.algo}, policy: {args.policy}, seed: {job.seed}, device: {job.device}")
     print(f"[m3po] checkpoint: {checkpoint}")
-    _play(job, checkpoint, acting_cfg(agent | {"task": job.train_cfg["task"], "seed": job.seed}), outputs)
+    _play(job, checkpoint, train_cfg, outputs)
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from m3po.cli.overrides import assign, parse_value
 from m3po.errors import CheckpointError, UserError
+from m3po.evaluation_process import policies_of
 
 CODE_FIELDS = ("class_name", "data_augmentation_func")
 """Fields of a runner configuration whose values rsl_rl imports and calls."""
@@ -75,6 +76,15 @@ def require(option: str, extra: str, *modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(f"{option} needs {' and '.join(missing)}, which the extra m3po[{extra}] installs.")
+
+
+def check_policy(policy: str, train_cfg: dict[str, Any]) -> None:
+    """Raise ``UserError`` if a runner configuration has no such policy to play."""
+    if policy not in policies_of(train_cfg):
+        raise UserError(
+            "this run trained no latent model, so that there is no planner; use --policy prior, or train with "
+            "agent.algorithm.world_model.steps_per_iteration=10 (and planner.share=0.25 to plan while training)."
+        )
 
 
 def trained_agent(content: dict[str, Any], own: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any] | None:

@@ -189,6 +189,7 @@ def _train_cfg(
     cfg["actor"]["distribution_cfg"]["init_std"] = deviations if len(set(deviations)) > 1 else deviations[0]
     names = [info.name for info in infos]
     cfg |= {"seed": seed, "experiment_name": args.experiment_name or _set_name(names), "task": ",".join(names)}
+    cfg["algo"] = args.algo
     if getattr(args, "max_iterations", None):
         cfg["max_iterations"] = args.max_iterations
     return cfg

@@ -40,11 +40,12 @@ class CheckpointingRunner(OnPolicyRunner):
     def description(self) -> dict[str, Any]:
         """What a checkpoint says about itself."""
         obs = self.env.get_observations()
+        looks_ahead = isinstance(self.alg, M3PO) and (self.alg.learns_model or self.alg.value_gradient is not None)
         return {
             "format": FORMAT,
             "task": self.cfg.get("task"),
             **describe_tasks(self.env),
-            "algorithm": "m3po" if isinstance(self.alg, M3PO) and self.alg.learns_model else "ppo",
+            "algorithm": self._algo or ("m3po" if looks_ahead else "ppo"),
             "obs_dims": {group: value.shape[-1] for group, value in obs.items()},
             "num_actions": self.env.num_actions,
             "agent": self._agent,

@@ -68,7 +68,7 @@ class M3PORunner(CheckpointingRunner):
 
         Args:
             env: Environment.
-            train_cfg: Runner configuration as in rsl_rl; ``task`` names the task in checkpoints,
+            train_cfg: Runner configuration as in rsl_rl; ``task`` and ``algo`` name task and algorithm in checkpoints,
                 ``eval_interval`` is the number of iterations between evaluations, ``keep_checkpoints`` the number of
                 numbered checkpoints that are kept.
             log_dir: Folder of the run; nothing is written without one.
@@ -76,6 +76,8 @@ class M3PORunner(CheckpointingRunner):
             evaluator: Evaluates checkpoints; without one there is no ``model_best.pt``.
             stop: Signals that end :meth:`learn` after the iteration that runs.
         """
+        train_cfg = dict(train_cfg)
+        self._algo = train_cfg.pop("algo", None)
         self._agent = json.dumps(train_cfg, default=str)  # before rsl_rl takes it apart
         self.run_dir = log_dir
         """Folder of the run, where each process keeps what it needs to go on; the first one writes all else."""

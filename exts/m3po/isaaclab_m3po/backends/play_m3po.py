@@ -60,6 +60,7 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"algorithm '{job.algo}' has no planner; use --policy prior.")
     checkpoint = (launch.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else _newest(job)).resolve()
     train_cfg = _train_cfg(job, checkpoint)
+    playing.check_policy(args.policy, train_cfg)
     outputs = playing.choose_outputs(args, checkpoint)
     if args.export is not None:
         playing.require("--export", "export", "onnx", "onnxruntime")
@@ -93,7 +94,8 @@ def _train_cfg(job: launch.Job, checkpoint: Path) -> dict[str, Any]:
         print(f"[m3po] the checkpoint does not carry its configuration: its agent is assumed to be {job.agent_entry}")
         return acting_cfg(job.train_cfg())
     job.agent_cfg.clip_actions = agent["clip_actions"]
-    return acting_cfg(agent | {"task": job.task, "device": job.device, "seed": job.agent_cfg.seed})
+    own = {"task": job.task, "algo": job.algo, "device": job.device, "seed": job.agent_cfg.seed}
+    return acting_cfg(agent | own)
 
 
 def _play(job: launch.Job, checkpoint: Path, train_cfg: dict[str, Any], outputs: playing.Outputs) -> int:
