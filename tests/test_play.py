@@ -23,7 +23,9 @@ import torch
 from conftest import REPOSITORY, Result, run_process
 
 from isaaclab_m3po import video
+from m3po.cli import playing
 from m3po.errors import UserError
+from m3po.evaluation_process import policies_of
 
 CPU = ["--device", "cpu"]
 NO_EVALUATION = ["--eval_interval", 0]
@@ -220,6 +222,23 @@ for options in json.loads(sys.argv.pop()):
     assert len(answers) == len(MISTAKES) + 1, result.stderr
     for (options, expected), answer in zip(MISTAKES.items(), answers, strict=False):
         assert expected in answer[-1], f"{options}: {answer}"
+
+
+def algorithm(**model: int) -> dict:
+    """A runner configuration whose latent model is trained as said."""
+    return {"algorithm": {"world_model": {"steps_per_iteration": 0, "extra_steps": 0, **model}}}
+
+
+def test_the_planner_is_there_where_its_model_is_trained() -> None:
+    """The default of Isaac Lab's larger tasks looks ahead by the value gradient alone."""
+    assert (
+        policies_of(algorithm(steps_per_iteration=10)) == policies_of(algorithm(extra_steps=1)) == ("prior", "planner")
+    )
+    assert policies_of(algorithm()) == policies_of({"algorithm": {}}) == ("prior",)
+    playing.check_policy("prior", algorithm())
+    playing.check_policy("planner", algorithm(extra_steps=1))
+    with pytest.raises(UserError, match=r"trained no latent model.*world_model\.steps_per_iteration=10"):
+        playing.check_policy("planner", algorithm())
 
 
 # -- rendering that is not there --------------------------------------------------------------------------------------

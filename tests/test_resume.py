@@ -76,6 +76,17 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def test_a_resume_with_other_optimisers_is_refused_before_anything_is_loaded(tmp_path):
+    """The deviation's own step size is a group of its own."""
+    start("m3po", tmp_path).learn(1)
+    cfg = runner_cfg(planner=OPEN, std_learning_rate=1e-3)
+    runner = M3PORunner(point(), cfg | {"max_iterations": 6}, str(tmp_path), "cpu")
+    before = [p.clone() for p in runner.alg.actor.parameters()]
+    with pytest.raises(CheckpointError, match=r"optimizer has groups of .* std_learning_rate"):
+        runner.resume(str(tmp_path / "model_last.pt"))
+    assert all(map(torch.equal, before, runner.alg.actor.parameters()))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_n_and_m_iterations_equal_n_stop_resume_m_bit_for_bit(case, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

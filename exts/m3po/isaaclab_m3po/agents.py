@@ -163,14 +163,17 @@ def algorithm_cfg(agent_cfg: M3PORunnerCfg) -> AlgorithmCfg:
 
 
 def describe(agent_cfg: M3PORunnerCfg, mode: str) -> str:
-    """Two lines that say what a preset chose."""
+    """Three lines that say what a preset chose."""
     model, planner = agent_cfg.algorithm.world_model, agent_cfg.algorithm.planner
+    ahead = agent_cfg.algorithm.value_gradient
+    imagined = f"1 to {ahead.horizon} steps, {ahead.steps_per_iteration} model steps per rollout"
     iterations = f"{planner.num_iterations} iteration{'' if planner.num_iterations == 1 else 's'}"
     return (
         f"[m3po] preset: {mode}, {agent_cfg.device} (model {model.size}, {planner.num_samples} samples x {iterations}"
         f" x horizon {planner.horizon}, {planner.share:.0%} of the environments planned)\n"
         f"[m3po] planner: {planner.kernels} kernels, {planner.epilogues} epilogues, {planner.precision}"
-        f"{', one CUDA graph' if planner.cuda_graph else ''}"
+        f"{', one CUDA graph' if planner.cuda_graph else ''}\n"
+        f"[m3po] value gradient: {imagined if ahead.steps_per_iteration > 0 else 'off'}"
     )
 
 

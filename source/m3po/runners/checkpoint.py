@@ -217,3 +217,23 @@ def check_shapes(content: dict[str, Any], expected: dict[str, Any]) -> None:
                     f"{found.get(key, 'none')} in the checkpoint and {tuple(value.shape)} here. "
                     "Use the configuration that it was trained with."
                 )
+
+
+def check_optimizers(content: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare the parameter groups of a checkpoint's optimisers with those about to be overwritten.
+
+    Args:
+        content: The checkpoint; optimisers that it lacks start afresh.
+        expected: What the algorithm would save itself.
+
+    Raises:
+        CheckpointError: Names the first optimiser with other groups; nothing was loaded.
+    """
+    for name in (name for name in expected if name.endswith("optimizer_state_dict") and name in content):
+        there, here = ([len(g["params"]) for g in state[name]["param_groups"]] for state in (content, expected))
+        if there != here:
+            raise CheckpointError(
+                f"The checkpoint does not fit (nothing was loaded): {name.removesuffix('_state_dict')} has groups of "
+                f"{there} parameters in the checkpoint and {here} here, as where only one of them has a "
+                "std_learning_rate. Use the configuration that it was trained with."
+            )

@@ -18,6 +18,7 @@ from m3po.runners.checkpoint import (
     FORMAT,
     LAST,
     check_compatible,
+    check_optimizers,
     check_shapes,
     numbered,
     read_checkpoint,
@@ -100,7 +101,10 @@ class CheckpointingRunner(OnPolicyRunner):
         here = self.description()
         compared = ("task", "tasks", "algorithm", "obs_dims", "num_actions")
         check_compatible(path, content, **{name: here[name] for name in compared if name in here})
-        check_shapes(content, self.alg.save())
+        ours = self.alg.save()
+        check_shapes(content, ours)
+        if load_cfg is None or load_cfg.get("optimizer"):
+            check_optimizers(content, ours)
         if self.alg.load(content, load_cfg, strict):
             self.current_learning_iteration = content["iter"] + 1
             for name in RUNNER_STATE:
