@@ -26,6 +26,7 @@ def fake_job(task: str = "Isaac-Cartpole", algo: str = "m3po") -> SimpleNamespac
         arguments=lambda: ["--task", task, "--algo", algo, "--device", "cpu"],
         env_cfg=SimpleNamespace(scene=SimpleNamespace(num_envs=64)),
         agent_cfg=SimpleNamespace(seed=1),
+        train_cfg=lambda: {"algorithm": {"world_model": {"steps_per_iteration": 4}} if algo == "m3po" else {}},
     )
 
 

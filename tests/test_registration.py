@@ -110,7 +110,8 @@ def test_agent_combines_the_tasks_configuration_with_the_preset(facts):
     for name in ("lam", "learning_rate", "schedule", "bonus"):
         assert ant["algorithm"][name] == preset[name]
     assert ant["algorithm"]["planner"] == preset["planner"] | {"share": 0.0}  # and no model is trained for it
-    assert ant["algorithm"]["world_model"] == preset["world_model"] | {"steps_per_iteration": 0}
+    latent = (ant["algorithm"]["world_model"][name] for name in ("size", "steps_per_iteration", "extra_steps"))
+    assert [*latent] == [preset["world_model"]["size"], 0, 0]
     assert (ant["num_steps_per_env"], ant["max_iterations"], ant["device"]) == (8, 256, "cpu")
     assert (ant["algorithm"]["desired_kl"], ant["algorithm"]["value_loss_coef"]) == (0.06, 0.0)
     assert ant["algorithm"]["critic_replay"]["steps_per_iteration"] == 64
