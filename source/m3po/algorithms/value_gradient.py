@@ -90,7 +90,7 @@ class ValueGradient:
         direction = gradient / size[task].unsqueeze(-1)
         noise = ((st.actions - st.mean) / st.std).flatten(0, 1)
         slope = mean_per_task((direction * noise).sum(-1) * st.advantages.flatten(), kept, task, count)
-        self.model.slope.lerp_(slope, SLOPE_RATE)
+        self.model.slope.lerp_(slope.nan_to_num(0.0, 0.0, 0.0), SLOPE_RATE)
         radius = (2.0 * self.cfg.max_kl) ** 0.5 * (self.model.slope / self.cfg.full_slope).clamp(0.0, 1.0)
         largest = LARGEST_SHIFT / direction.norm(dim=-1, keepdim=True).clamp_min(LARGEST_SHIFT)
         self._shift = direction * largest * radius[task].unsqueeze(-1)
