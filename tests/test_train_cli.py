@@ -54,7 +54,7 @@ MISTAKES = {
     "unknown kernels": ((*ANT, "agent.algorithm.planner.kernels=cuda"), "one of torch, warp"),
     "wrong schedule": ((*ANT, "agent.algorithm.planner.stages=[[0.5,{{'shar':1}}]]"), "cannot change shar"),
     "more memory than there is": (
-        (*ANT, "--num_envs", "9000000", "agent.algorithm.planner.num_samples=512"),
+        (*ANT, "--num_envs", "9000000", "agent.algorithm.planner.num_samples=512", "agent.algorithm.planner.share=1.0"),
         "GiB free: lower num_envs, planner.share",
     ),
     "no environments": ((*ANT, "--num_envs", "0"), "at least 1, got 0"),
