@@ -63,7 +63,14 @@ _A = "agent.algorithm."
 _NO_PLANNER = (f"{_A}planner.share=0.0", f"{_A}planner.stages=[]")
 _NO_MODEL = (f"{_A}world_model.steps_per_iteration=0", f"{_A}world_model.extra_steps=0")
 _NO_REPLAY = (f"{_A}critic_replay.steps_per_iteration=0", f"{_A}value_loss_coef=1.0")
+_AHEAD = (
+    f"{_A}value_gradient.steps_per_iteration=60",
+    f"{_A}value_gradient.extra_steps=200",
+    f"{_A}std_learning_rate=0.002",
+    f"{_A}critic_replay.steps_per_iteration=64",
+)
 _NO_AHEAD = (f"{_A}value_gradient.steps_per_iteration=0",)
+_NO_RATE, _ONE_STEP = (f"{_A}std_learning_rate=0.0",), (f"{_A}value_gradient.horizon=1",)
 _BEFORE_AHEAD = (*_NO_AHEAD, f"{_A}std_learning_rate=0.0")
 _PLANNER = (f"{_A}planner.share=0.25", f"{_A}world_model.steps_per_iteration=10", f"{_A}distill_coef=0.2")
 _LOCOMOTION = (
@@ -93,7 +100,6 @@ ARMS = {
         "m3po",
         (*_BEFORE_AHEAD, f"{_A}critic_replay.steps_per_iteration=32"),
         {
-            "Isaac-Cartpole-v0": (f"{_A}desired_kl=0.03",),
             "Isaac-Ant-v0": (*_PLANNER, f"{_A}desired_kl=0.06"),
             "Isaac-Humanoid-v0": (*_PLANNER, f"{_A}desired_kl=0.06"),
         },
@@ -123,10 +129,11 @@ ARMS = {
         },
     ),
     # one thing taken away or added
-    "m3po-no-value-gradient": Arm("m3po", _NO_AHEAD),
+    "m3po-value-gradient": Arm("m3po", by_task={_SMALL: _AHEAD}),
+    "m3po-no-value-gradient": Arm("m3po", by_task={"Isaac-Ant-v0": _NO_AHEAD, "Isaac-Humanoid-v0": _NO_AHEAD}),
     "m3po-no-critic-replay": Arm("m3po", _NO_REPLAY),
-    "m3po-no-std-rate": Arm("m3po", (f"{_A}std_learning_rate=0.0",)),
-    "m3po-horizon-1": Arm("m3po", (f"{_A}value_gradient.horizon=1",)),
+    "m3po-no-std-rate": Arm("m3po", by_task={"Isaac-Ant-v0": _NO_RATE, "Isaac-Humanoid-v0": _NO_RATE}),
+    "m3po-horizon-1": Arm("m3po", by_task={"Isaac-Ant-v0": _ONE_STEP, "Isaac-Humanoid-v0": _ONE_STEP}),
     "m3po-with-planner": Arm("m3po", by_task={"Isaac-Ant-v0": _PLANNER, "Isaac-Humanoid-v0": _PLANNER}),
     "m3po-no-planner": Arm("m3po", by_task={_SMALL: (*_NO_PLANNER, f"{_A}distill_coef=0.0", *_NO_MODEL)}),
     "m3po-bonus": Arm("m3po", by_task={_SMALL: (f"{_A}bonus.alpha=0.3",)}),
@@ -135,6 +142,7 @@ ARMS = {
 SUITES = {
     "main": ["m3po", "ppo-tuned", "ppo-shipped"],
     "ablation": [
+        "m3po-value-gradient",
         "m3po-no-value-gradient",
         "m3po-no-critic-replay",
         "m3po-no-std-rate",

@@ -239,7 +239,7 @@ def test_launcher_prints_what_it_chose(runs):
     preset = default_preset("cpu", policy_width=32)  # Cartpole's policy
     sizes = f"(model {preset.world_model.size}, {preset.planner.num_samples} samples x "
     assert f"[m3po] preset: default, cpu {sizes}" in m3po
-    assert "[m3po] value gradient: 1 to 3 steps, 60 model steps per rollout" in m3po
+    assert "[m3po] value gradient: off" in m3po
     for stdout, num_steps in ((m3po, 8), (ppo, 16)):
         assert "[m3po] device: cpu, torch threads: 1 (OMP_NUM_THREADS)" in stdout
         assert "[m3po] assets: embedded" in stdout

@@ -45,15 +45,15 @@ CPU_MAX_ITERATIONS = 256
 CPU_DESIRED_KL = {"small": 0.03, "large": 0.06}
 """Target KL per update of the default mode on the CPU, for small policies and the others."""
 
-CPU_CRITIC_STEPS = 64
+CPU_CRITIC_STEPS = {"small": 32, "large": 64}
 """Gradient steps of the critic on the ring per rollout in the default mode on the CPU; it learns nowhere else then."""
 
 CPU_AHEAD_STEPS, CPU_AHEAD_EXTRA_STEPS = 60, 200
 """Gradient steps per rollout, and more in the first ten, of the model that the value gradient looks ahead with, in the
-default mode on the CPU."""
+default mode on the CPU, but for small policies."""
 
 CPU_STD_LEARNING_RATE = 2e-3
-"""Step size of the actions' deviation of the default mode on the CPU."""
+"""Step size of the actions' deviation of the default mode on the CPU, but for small policies."""
 
 INIT_STD = 0.5
 """Initial standard deviation of the actions of the default mode on the CPU, but for small policies."""
@@ -208,14 +208,15 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
     if mode == "default" and device.startswith("cpu"):
         cfg.num_steps_per_env = CPU_NUM_STEPS
         cfg.max_iterations = CPU_MAX_ITERATIONS
-        cfg.algorithm.desired_kl = CPU_DESIRED_KL["small" if algorithm.world_model.size == "micro" else "large"]
-        cfg.algorithm.critic_replay.steps_per_iteration = CPU_CRITIC_STEPS
+        kind = "small" if algorithm.world_model.size == "micro" else "large"
+        cfg.algorithm.desired_kl = CPU_DESIRED_KL[kind]
+        cfg.algorithm.critic_replay.steps_per_iteration = CPU_CRITIC_STEPS[kind]
         cfg.algorithm.value_loss_coef = 0.0
-        cfg.algorithm.value_gradient.steps_per_iteration = CPU_AHEAD_STEPS
-        cfg.algorithm.value_gradient.extra_steps = CPU_AHEAD_EXTRA_STEPS
-        cfg.algorithm.std_learning_rate = CPU_STD_LEARNING_RATE
-        if algorithm.world_model.size != "micro":
-            # The planner added nothing there (docs/experiments.md), so that its model need not be trained.
+        if kind == "large":
+            # Small policies look ahead while acting, others while learning: each where it paid (docs/experiments.md).
+            cfg.algorithm.value_gradient.steps_per_iteration = CPU_AHEAD_STEPS
+            cfg.algorithm.value_gradient.extra_steps = CPU_AHEAD_EXTRA_STEPS
+            cfg.algorithm.std_learning_rate = CPU_STD_LEARNING_RATE
             cfg.algorithm.world_model.steps_per_iteration = 0
             cfg.algorithm.planner.share = cfg.algorithm.distill_coef = 0.0
         distribution = getattr(cfg.actor, "distribution_cfg", None)
