@@ -90,8 +90,8 @@ def test_what_a_lost_environment_showed_reaches_no_other_step():
     assert torch.equal(learner.returns(steps)[ended], learner.returns(clean)[ended])
 
 
-def train(iterations: int, **algorithm: object) -> M3PORunner:
-    torch.manual_seed(0)
+def train(iterations: int, seed: int = 0, **algorithm: object) -> M3PORunner:
+    torch.manual_seed(seed)
     cfg = runner_cfg(world_model={"steps_per_iteration": 0}, planner={"share": 0.0}, **algorithm)
     runner = M3PORunner(PointEnv(32, episode=60), cfg, None, "cpu")
     runner.learn(iterations)
@@ -112,8 +112,15 @@ def error_of_values(runner: M3PORunner) -> float:
 
 
 def test_values_are_known_sooner():
-    """Rewards of 60 steps reach a critic that learns from 8 at a time only after many rollouts."""
-    assert error_of_values(train(30, critic_replay=REPLAY)) < 0.7 * error_of_values(train(30))
+    """Rewards of 60 steps reach a critic that learns from 8 at a time only after many rollouts.
+
+    Six seeds, of which one goes the other way: the ratio of the means is 0.5, that of a seed is 0.3 to 1.3, and
+    rounding, which depends on what else the process has done, is enough to make one seed another.
+    """
+    with_it, without = (
+        [error_of_values(train(30, seed, **replay)) for seed in range(6)] for replay in ({"critic_replay": REPLAY}, {})
+    )
+    assert sum(with_it) < 0.75 * sum(without), (with_it, without)
 
 
 def test_advantages_are_those_of_the_critic_that_has_learnt():
