@@ -246,7 +246,7 @@ def test_the_slope_is_what_the_advantages_say():
 
 
 def test_real_advantages_rise_along_the_gradient():
-    """Measured on rollouts that model and policy were not trained on yet: 0.02 on average over six seeds, with an error of 0.003.
+    """On rollouts that model and policy were not trained on yet: 0.02 on average over six seeds, error 0.003.
 
     That the policy learns faster for it is shown on Isaac Lab's tasks (benchmarks/learning), not on a point.
     """
