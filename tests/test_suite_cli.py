@@ -18,6 +18,7 @@ from m3po.envs.suite import TaskInfo, suites
 from m3po.errors import UserError
 from m3po_tasks.dmcontrol.rendering import SIZE, Camera
 
+PAPER = "m3po_paper_cfg_entry_point"
 WALKER = ("--task", "walker-walk", "--device", "cpu")
 TWO = ("--task", "cheetah-run,cartpole-balance", "--device", "cpu")
 ISAAC = ("--task", "Isaac-Cartpole-v0,Isaac-Ant-v0", "--device", "cpu")
@@ -186,6 +187,18 @@ def test_a_drawn_seed_is_another_one_each_time_and_is_passed_on():
     copy = make_job(*first.arguments())
     assert (copy.seed, copy.sizes, copy.names) == (first.seed, first.sizes, first.names)
     assert copy.train_cfg["algorithm"] == first.train_cfg["algorithm"]
+
+
+def test_a_single_task_looks_ahead_while_learning_and_a_set_while_acting():
+    """Each where it was measured; the PPO core and the paper mode have no value gradient."""
+    alone, several = (make_job(*task).train_cfg["algorithm"] for task in (WALKER, TWO))
+    core, paper = (make_job(*WALKER, *x).train_cfg["algorithm"] for x in (("--algo", "ppo"), ("--agent", PAPER)))
+    ahead = [cfg["value_gradient"]["steps_per_iteration"] for cfg in (alone, several, core, paper)]
+    planned = [cfg["planner"]["share"] for cfg in (alone, several, core, paper)]
+    latent = [cfg["world_model"]["steps_per_iteration"] for cfg in (alone, several, core, paper)]
+    assert (ahead, planned, latent) == ([40, 0, 0, 0], [0.0, 0.25, 0.0, 1.0], [0, 12, 0, 16])
+    replay = [cfg["critic_replay"]["steps_per_iteration"] for cfg in (alone, several, core, paper)]
+    assert (replay, alone["value_loss_coef"], core["value_loss_coef"]) == ([64, 0, 0, 0], 0.0, 1.0)
 
 
 def test_each_isaac_task_of_a_set_begins_with_the_noise_that_it_has_alone():
@@ -363,7 +376,8 @@ def test_two_tasks_train_evaluate_and_play(run_script, tmp_path, capsys):
 @pytest.mark.sim
 def test_a_single_task_without_evaluations_plays_its_latest_checkpoint(tmp_path, capsys):
     logs = ("--log_root", str(tmp_path), "--device", "cpu")
-    tiny = ("agent.actor.hidden_dims=[32,16]", "agent.num_steps_per_env=4")
+    latent = "agent.algorithm.world_model.steps_per_iteration=4"  # the planner's model, which the default leaves out
+    tiny = ("agent.actor.hidden_dims=[32,16]", "agent.num_steps_per_env=4", latent)
     argv = ["--task", "pendulum-swingup", *SMALL, "--eval_interval", "0", *tiny, *logs]
     assert train.run(argv) == 0
     run = read_run(tmp_path, "pendulum-swingup")

@@ -31,7 +31,7 @@ from m3po.config import (
     from_dict,
 )
 from m3po.errors import UserError
-from m3po.presets import SMALL_POLICY, default_preset, paper_preset
+from m3po.presets import SMALL_POLICY, default_preset, describe, look_ahead_while_learning, paper_preset
 
 CPU_NUM_ENVS = 512
 """Environments of a run on the CPU, unless the command line says otherwise."""
@@ -45,15 +45,9 @@ CPU_MAX_ITERATIONS = 256
 CPU_DESIRED_KL = {"small": 0.03, "large": 0.06}
 """Target KL per update of the default mode on the CPU, for small policies and the others."""
 
-CPU_CRITIC_STEPS = {"small": 32, "large": 64}
-"""Gradient steps of the critic on the ring per rollout in the default mode on the CPU; it learns nowhere else then."""
-
-CPU_AHEAD_STEPS, CPU_AHEAD_EXTRA_STEPS = 60, 200
-"""Gradient steps per rollout, and more in the first ten, of the model that the value gradient looks ahead with, in the
-default mode on the CPU, but for small policies."""
-
-CPU_STD_LEARNING_RATE = 2e-3
-"""Step size of the actions' deviation of the default mode on the CPU, but for small policies."""
+CPU_SMALL_CRITIC_STEPS = 32
+"""Gradient steps of a small policy's critic on the ring per rollout in the default mode on the CPU; it learns nowhere
+else then."""
 
 INIT_STD = 0.5
 """Initial standard deviation of the actions of the default mode on the CPU, but for small policies."""
@@ -162,21 +156,6 @@ def algorithm_cfg(agent_cfg: M3PORunnerCfg) -> AlgorithmCfg:
     return from_dict(AlgorithmCfg, values)
 
 
-def describe(agent_cfg: M3PORunnerCfg, mode: str) -> str:
-    """Three lines that say what a preset chose."""
-    model, planner = agent_cfg.algorithm.world_model, agent_cfg.algorithm.planner
-    ahead = agent_cfg.algorithm.value_gradient
-    imagined = f"1 to {ahead.horizon} steps, {ahead.steps_per_iteration} model steps per rollout"
-    iterations = f"{planner.num_iterations} iteration{'' if planner.num_iterations == 1 else 's'}"
-    return (
-        f"[m3po] preset: {mode}, {agent_cfg.device} (model {model.size}, {planner.num_samples} samples x {iterations}"
-        f" x horizon {planner.horizon}, {planner.share:.0%} of the environments planned)\n"
-        f"[m3po] planner: {planner.kernels} kernels, {planner.epilogues} epilogues, {planner.precision}"
-        f"{', one CUDA graph' if planner.cuda_graph else ''}\n"
-        f"[m3po] value gradient: {imagined if ahead.steps_per_iteration > 0 else 'off'}"
-    )
-
-
 def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
     """Make M3PO's runner configuration from a task's rsl_rl configuration.
 
@@ -210,15 +189,12 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
         cfg.max_iterations = CPU_MAX_ITERATIONS
         kind = "small" if algorithm.world_model.size == "micro" else "large"
         cfg.algorithm.desired_kl = CPU_DESIRED_KL[kind]
-        cfg.algorithm.critic_replay.steps_per_iteration = CPU_CRITIC_STEPS[kind]
-        cfg.algorithm.value_loss_coef = 0.0
-        if kind == "large":
-            # Small policies look ahead while acting, others while learning: each where it paid (docs/experiments.md).
-            cfg.algorithm.value_gradient.steps_per_iteration = CPU_AHEAD_STEPS
-            cfg.algorithm.value_gradient.extra_steps = CPU_AHEAD_EXTRA_STEPS
-            cfg.algorithm.std_learning_rate = CPU_STD_LEARNING_RATE
-            cfg.algorithm.world_model.steps_per_iteration = 0
-            cfg.algorithm.planner.share = cfg.algorithm.distill_coef = 0.0
+        # Small policies look ahead while acting, others while learning: each where it paid (docs/experiments.md).
+        if kind == "small":
+            cfg.algorithm.critic_replay.steps_per_iteration = CPU_SMALL_CRITIC_STEPS
+            cfg.algorithm.value_loss_coef = 0.0
+        else:
+            look_ahead_while_learning(cfg.algorithm, steps=60, extra_steps=200, batch_size=512, critic_batch_size=1024)
         distribution = getattr(cfg.actor, "distribution_cfg", None)
         if hasattr(distribution, "init_std"):
             distribution.init_std = first_noise(task_cfg)
@@ -242,7 +218,7 @@ def _load(task: str, mode: str) -> Any:
     device = _device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     cfg = runner_cfg(load_cfg_from_registry(task, "rsl_rl_cfg_entry_point"), mode, device)
     if _device is None and isinstance(cfg, M3PORunnerCfg):  # a stock command; our own launcher prints after overrides
-        print(describe(cfg, mode))
+        print(describe(cfg.algorithm, mode, device))
     return cfg
 
 

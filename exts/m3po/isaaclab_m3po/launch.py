@@ -23,6 +23,7 @@ from typing import Any
 from m3po import distributed
 from m3po.cli.arguments import Parser, at_least, check_device
 from m3po.errors import M3POError, UserError
+from m3po.presets import describe
 
 from . import assets
 from .checks import ALGORITHMS, check_agent, check_sizes, choose_agent
@@ -198,7 +199,6 @@ def report(job: Job) -> None:
     """Print what was chosen: device, threads, assets, preset."""
     import torch
 
-    from . import agents
     from .registration import ENTRY_POINTS
 
     print(f"[m3po] task: {job.task}, algorithm: {job.algo} ({job.agent_entry}), seed: {job.agent_cfg.seed}")
@@ -210,7 +210,8 @@ def report(job: Job) -> None:
     together = f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"[m3po] environments: {job.env_cfg.scene.num_envs}{together}, steps per rollout: {steps}")
     if job.algo == "m3po":
-        print(agents.describe(job.agent_cfg, ENTRY_POINTS.get(job.agent_entry, job.agent_entry)))
+        mode = ENTRY_POINTS.get(job.agent_entry, job.agent_entry)
+        print(describe(job.agent_cfg.algorithm, mode, job.agent_cfg.device))
 
 
 def create_run_dir(job: Job) -> Path:

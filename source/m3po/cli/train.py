@@ -13,6 +13,7 @@ import torch
 
 import m3po
 from m3po import distributed
+from m3po.algorithms.construction import parse_algorithm_cfg
 from m3po.cli import suite_job
 from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
 from m3po.cli.training import add_checkpoint_arguments, add_start_arguments, train
@@ -21,6 +22,7 @@ from m3po.envs.suite import suites
 from m3po.errors import UserError
 from m3po.evaluation_process import EvaluationProcess
 from m3po.manifest import environment_variables, git_revision, package_versions, write_json
+from m3po.presets import describe
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
 from m3po.runners.run_folder import record_resumption
@@ -168,18 +170,13 @@ def _check_start(job: suite_job.SuiteJob) -> None:
 
 def _report(job: suite_job.SuiteJob, sizes: list[int], run_dir: Path) -> None:
     """Print what was chosen; ``sizes`` are the environments of each task in all processes."""
-    algorithm = job.train_cfg["algorithm"]
-    model, planner = algorithm["world_model"], algorithm["planner"]
     tasks = ", ".join(f"{name} x {size}" for name, size in zip(job.names, sizes, strict=True))
     print(f"[m3po] tasks ({len(job.names)}): {tasks}")
     print(f"[m3po] algorithm: {job.args.algo}, seed: {job.seed}, device: {job.device}")
     together = f" in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"[m3po] environments: {sum(sizes)}{together}, steps per rollout: {job.train_cfg['num_steps_per_env']}")
     if job.args.algo == "m3po":
-        budget = f"{planner['num_samples']} samples x {planner['num_iterations']} x horizon {planner['horizon']}"
-        means = f"{planner['kernels']} kernels, {planner['epilogues']} epilogues, {planner['precision']}"
-        share = f"{planner['share']:.0%} of the environments planned"
-        print(f"[m3po] preset: {suite_job.AGENTS[job.args.agent]} (model {model['size']}, {budget}, {share}), {means}")
+        print(describe(parse_algorithm_cfg(job.train_cfg["algorithm"]), suite_job.AGENTS[job.args.agent], job.device))
     print(f"[m3po] run folder: {run_dir}")
 
 
