@@ -5,7 +5,7 @@
 ./isaaclab.sh -p scripts/benchmark_suites.py --report
 
 Runs are stored below ``benchmarks/suites/<experiment>/<arm>``; one that is stored is not repeated, even if the code has
-changed since, and one that failed is stored as crashed. The PPO arm is M3PO without model, planner and bonus.
+changed since, and one that failed is stored as crashed. The PPO arm is M3PO without models, planner and bonus.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 
 from benchmark_runs import ROOT, run_python
 
+from m3po.presets import suite_runner_cfg
+
 DATA = ROOT / "benchmarks" / "suites"
 FILES = ("progress.csv", "tasks.csv", "evaluations.csv", "task_evaluations.csv", "embeddings.csv", "embeddings.png")
 """What is kept of a run's folder."""
@@ -37,8 +39,8 @@ class Experiment:
     num_envs: int
     """Environments of all tasks together."""
 
-    iterations: int
-    """Rollouts: of 16 steps, of 8 for a single Isaac task."""
+    steps: int
+    """Decision steps of each environment."""
 
     eval_envs: int = 20
     """Environments, and episodes, of the noise-free evaluation of each task, over both policies together."""
@@ -49,16 +51,49 @@ DMC_SINGLE = ("cartpole-swingup", "finger-spin", "walker-stand", "walker-walk", 
 DMC_MULTI = ("cartpole-swingup", "finger-spin", "walker-stand", "walker-walk", "cheetah-run", "cup-catch")
 
 GROUPS = {
-    # 0.5M frames each: 64 environments x 16 steps x action repeat 2 x 245
-    "dmcontrol": [Experiment(task, 64, 245) for task in DMC_SINGLE],
-    "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 6 * 32, 245)],
-    "classic": [Experiment(task, 256, 196) for task in CLASSIC],
-    "classic-multi": [Experiment("Isaac-Classic-MT3", 3 * 256, 98)],
-    "metaworld-multi": [Experiment("MT10", 10 * 16, 120)],
+    # 0.5M frames each: 64 environments x 3920 steps x action repeat 2
+    "dmcontrol": [Experiment(task, 64, 3920) for task in DMC_SINGLE],
+    "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 6 * 32, 3920)],
+    "classic": [Experiment(task, 256, 1568) for task in CLASSIC],
+    "classic-multi": [Experiment("Isaac-Classic-MT3", 3 * 256, 1568)],
+    "metaworld-multi": [Experiment("MT10", 10 * 16, 1920)],
 }
 """Group -> its experiments."""
 
-ARMS = ("m3po", "ppo")
+_A = "agent.algorithm."
+_NO_AHEAD = (f"{_A}value_gradient.steps_per_iteration=0",)
+ARMS = {
+    "m3po": ("m3po", ()),
+    "ppo": ("ppo", ()),
+    # a single task's default without the value gradient, and as it was before that: it looked ahead with the planner
+    "m3po-no-value-gradient": ("m3po", _NO_AHEAD),
+    "m3po-1": (
+        "m3po",
+        (
+            "agent.num_steps_per_env=16",
+            *_NO_AHEAD,
+            f"{_A}std_learning_rate=0.0",
+            f"{_A}critic_replay.steps_per_iteration=0",
+            f"{_A}value_loss_coef=1.0",
+            f"{_A}world_model.steps_per_iteration=12",
+            f"{_A}planner.share=0.25",
+            f"{_A}distill_coef=0.05",
+        ),
+    ),
+}
+"""Arm -> ``--algo`` and overrides."""
+
+
+def rollouts(experiment: Experiment, arm: str) -> int:
+    """Training iterations of an arm: its rollouts differ in length."""
+    algo, overrides = ARMS[arm]
+    several = "," in experiment.task or "MT" in experiment.task
+    single_isaac = experiment.task.startswith("Isaac") and not several
+    length = 8 if single_isaac else suite_runner_cfg(several, "cpu", "default", algo)["num_steps_per_env"]
+    for override in overrides:
+        if override.startswith("agent.num_steps_per_env="):
+            length = int(override.partition("=")[2])
+    return experiment.steps // length
 
 
 def folder(experiment: Experiment, arm: str, seed: int) -> Path:
@@ -72,9 +107,11 @@ def run(experiment: Experiment, arm: str, seed: int) -> None:
     target = folder(experiment, arm, seed)
     if (target / "run.json").exists():
         return
-    command = ["scripts/train.py", "--task", experiment.task, "--algo", arm, "--seed", str(seed), "--device", "cpu"]
-    command += ["--num_envs", str(experiment.num_envs), "--max_iterations", str(experiment.iterations)]
-    command += ["--eval_interval", str(experiment.iterations), "--eval_envs", str(experiment.eval_envs)]
+    algo, overrides = ARMS[arm]
+    iterations = str(rollouts(experiment, arm))
+    command = ["scripts/train.py", "--task", experiment.task, "--algo", algo, "--seed", str(seed), "--device", "cpu"]
+    command += ["--num_envs", str(experiment.num_envs), "--max_iterations", iterations]
+    command += ["--eval_interval", iterations, "--eval_envs", str(experiment.eval_envs), *overrides]
     print(f"[benchmark] {target.relative_to(DATA)}", flush=True)
     with tempfile.TemporaryDirectory() as logs:
         result = run_python([*command, "--log_root", logs])
@@ -99,7 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", choices=[[], *GROUPS], help="What to run; nothing makes the report only.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["m3po", "ppo"])
     parser.add_argument("--processes", type=int, default=2, help="Runs at once; their order interleaves the arms.")
     parser.add_argument("--report", action="store_true", help="Print the table and draw the plots of what is stored.")
     parser.add_argument("--reference", type=Path, metavar="CSV", help="Published curves to draw beside ours.")

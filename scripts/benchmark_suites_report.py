@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-ARM_COLOURS = {"m3po": "#c2410c", "ppo": "#1d4ed8"}
+ARM_COLOURS = {"m3po": "#c2410c", "ppo": "#1d4ed8", "m3po-no-value-gradient": "#f59e0b", "m3po-1": "#a8a29e"}
 PEER_COLOURS = {"tdmpc2": "#047857", "dreamerv3": "#7c3aed", "sac": "#6b7280"}
 FRAMES_PER_STEP = 2
 """Action repeat of DMControl and Meta-World; published curves count frames."""
@@ -70,7 +70,7 @@ def write_report(data: Path, reference: Path | None = None) -> str:
     published = _published(reference)
     summary: dict[str, Any] = {}
     header = (
-        f"{'experiment':30}{'task':20}{'arm':6}{'seeds':>6}{'training':>10}{'prior':>8}{'planner':>9}{'seconds':>9}"
+        f"{'experiment':30}{'task':20}{'arm':24}{'seeds':>6}{'training':>10}{'prior':>8}{'planner':>9}{'seconds':>9}"
     )
     lines = [header + "   seed: prior"]
     for experiment in dict.fromkeys(run["experiment"] for run in runs):
@@ -84,9 +84,9 @@ def write_report(data: Path, reference: Path | None = None) -> str:
                     continue
                 summary.setdefault(experiment, {}).setdefault(task, {})[arm] = figures
                 mean = {k: _mean([f[k] for f in figures.values()]) for k in ("training", "prior", "planner", "seconds")}
-                text = f"{experiment:30}{task:20}{arm:6}{len(figures):>6}{mean['training']:>10.3g}{mean['prior']:>8.3g}"
-                each = "".join(f"{seed:>5}: {f['prior']:.3g}" for seed, f in figures.items())
-                lines.append(text + f"{mean['planner']:>9.3g}{mean['seconds']:>9.0f}{each}")
+                text = f"{experiment:30}{task:20}{arm:24}{len(figures):>6}"
+                text += f"{mean['training']:>10.3g}{mean['prior']:>8.3g}{mean['planner']:>9.3g}{mean['seconds']:>9.0f}"
+                lines.append(text + "".join(f"{seed:>5}: {f['prior']:.3g}" for seed, f in figures.items()))
         if good:
             single = [] if len(good[0]["tasks"]) == 1 else [run for run in runs if len(run["tasks"]) == 1]
             _plot(experiment, good, single, published, data / f"{experiment}.png")
