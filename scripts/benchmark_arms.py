@@ -136,6 +136,8 @@ ARMS = {
     "m3po-horizon-1": Arm("m3po", by_task={"Isaac-Ant-v0": _ONE_STEP, "Isaac-Humanoid-v0": _ONE_STEP}),
     "m3po-with-planner": Arm("m3po", by_task={"Isaac-Ant-v0": _PLANNER, "Isaac-Humanoid-v0": _PLANNER}),
     "m3po-no-planner": Arm("m3po", by_task={_SMALL: (*_NO_PLANNER, f"{_A}distill_coef=0.0", *_NO_MODEL)}),
+    "m3po-share-1": Arm("m3po", by_task={_SMALL: (f"{_A}planner.stages=[]",)}),
+    "m3po-ratio-prior": Arm("m3po", by_task={_SMALL: (f"{_A}ratio=prior",)}),
     "m3po-bonus": Arm("m3po", by_task={_SMALL: (f"{_A}bonus.alpha=0.3",)}),
 }
 
@@ -149,6 +151,8 @@ SUITES = {
         "m3po-horizon-1",
         "m3po-with-planner",
         "m3po-no-planner",
+        "m3po-share-1",
+        "m3po-ratio-prior",
         "m3po-bonus",
     ],
 }

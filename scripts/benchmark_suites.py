@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmark_runs import ROOT, run_python
 
+from m3po.cli.suite_job import AGENTS
 from m3po.presets import suite_runner_cfg
 
 DATA = ROOT / "benchmarks" / "suites"
@@ -53,6 +54,7 @@ DMC_MULTI = ("cartpole-swingup", "finger-spin", "walker-stand", "walker-walk", "
 GROUPS = {
     # 0.5M frames each: 64 environments x 3920 steps x action repeat 2
     "dmcontrol": [Experiment(task, 64, 3920) for task in DMC_SINGLE],
+    "dmcontrol-sparse": [Experiment("cartpole-swingup-sparse", 64, 3920)],
     "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 6 * 32, 3920)],
     "classic": [Experiment(task, 256, 1568) for task in CLASSIC],
     "classic-multi": [Experiment("Isaac-Classic-MT3", 3 * 256, 1568)],
@@ -60,37 +62,54 @@ GROUPS = {
 }
 """Group -> its experiments."""
 
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration of an algorithm."""
+
+    algo: str
+    """``--algo``."""
+
+    overrides: tuple[str, ...] = ()
+    """Overrides."""
+
+    agent: str = "m3po_cfg_entry_point"
+    """``--agent``."""
+
+
 _A = "agent.algorithm."
 _NO_AHEAD = (f"{_A}value_gradient.steps_per_iteration=0",)
+_PLANNING = (
+    "agent.num_steps_per_env=16",
+    *_NO_AHEAD,
+    f"{_A}std_learning_rate=0.0",
+    f"{_A}critic_replay.steps_per_iteration=0",
+    f"{_A}value_loss_coef=1.0",
+    f"{_A}world_model.steps_per_iteration=12",
+    f"{_A}planner.share=0.25",
+    f"{_A}distill_coef=0.05",
+)
+
 ARMS = {
-    "m3po": ("m3po", ()),
-    "ppo": ("ppo", ()),
-    # a single task's default without the value gradient, and as it was before that: it looked ahead with the planner
-    "m3po-no-value-gradient": ("m3po", _NO_AHEAD),
-    "m3po-1": (
-        "m3po",
-        (
-            "agent.num_steps_per_env=16",
-            *_NO_AHEAD,
-            f"{_A}std_learning_rate=0.0",
-            f"{_A}critic_replay.steps_per_iteration=0",
-            f"{_A}value_loss_coef=1.0",
-            f"{_A}world_model.steps_per_iteration=12",
-            f"{_A}planner.share=0.25",
-            f"{_A}distill_coef=0.05",
-        ),
-    ),
+    "m3po": Arm("m3po"),
+    "ppo": Arm("ppo"),
+    "m3po-paper": Arm("m3po", agent="m3po_paper_cfg_entry_point"),
+    # of single tasks: the default without the value gradient, and the default before that, which looked ahead with the
+    # planner and can have the exploration bonus, because it has a latent model
+    "m3po-no-value-gradient": Arm("m3po", _NO_AHEAD),
+    "m3po-1": Arm("m3po", _PLANNING),
+    "m3po-1-bonus": Arm("m3po", (*_PLANNING, f"{_A}bonus.alpha=0.3")),
 }
-"""Arm -> ``--algo`` and overrides."""
 
 
 def rollouts(experiment: Experiment, arm: str) -> int:
     """Training iterations of an arm: its rollouts differ in length."""
-    algo, overrides = ARMS[arm]
+    settings = ARMS[arm]
     several = "," in experiment.task or "MT" in experiment.task
     single_isaac = experiment.task.startswith("Isaac") and not several
-    length = 8 if single_isaac else suite_runner_cfg(several, "cpu", "default", algo)["num_steps_per_env"]
-    for override in overrides:
+    mode = AGENTS[settings.agent]
+    length = 8 if single_isaac else suite_runner_cfg(several, "cpu", mode, settings.algo)["num_steps_per_env"]
+    for override in settings.overrides:
         if override.startswith("agent.num_steps_per_env="):
             length = int(override.partition("=")[2])
     return experiment.steps // length
@@ -107,11 +126,12 @@ def run(experiment: Experiment, arm: str, seed: int) -> None:
     target = folder(experiment, arm, seed)
     if (target / "run.json").exists():
         return
-    algo, overrides = ARMS[arm]
-    iterations = str(rollouts(experiment, arm))
-    command = ["scripts/train.py", "--task", experiment.task, "--algo", algo, "--seed", str(seed), "--device", "cpu"]
+    settings, iterations = ARMS[arm], str(rollouts(experiment, arm))
+    command = ["scripts/train.py", "--task", experiment.task, "--algo", settings.algo, "--agent", settings.agent]
+    command += ["--seed", str(seed), "--device", "cpu"]
     command += ["--num_envs", str(experiment.num_envs), "--max_iterations", iterations]
-    command += ["--eval_interval", iterations, "--eval_envs", str(experiment.eval_envs), *overrides]
+    command += ["--eval_interval", iterations, "--eval_envs", str(experiment.eval_envs)]
+    command += settings.overrides
     print(f"[benchmark] {target.relative_to(DATA)}", flush=True)
     with tempfile.TemporaryDirectory() as logs:
         result = run_python([*command, "--log_root", logs])

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-ARM_COLOURS = {"m3po": "#c2410c", "ppo": "#1d4ed8", "m3po-no-value-gradient": "#f59e0b", "m3po-1": "#a8a29e"}
+ARM_COLOURS = {
+    "m3po": "#c2410c",
+    "ppo": "#1d4ed8",
+    "m3po-no-value-gradient": "#f59e0b",
+    "m3po-1": "#78716c",
+    "m3po-1-bonus": "#be185d",
+    "m3po-paper": "#0891b2",
+}
 PEER_COLOURS = {"tdmpc2": "#047857", "dreamerv3": "#7c3aed", "sac": "#6b7280"}
 FRAMES_PER_STEP = 2
 """Action repeat of DMControl and Meta-World; published curves count frames."""

@@ -6,7 +6,7 @@ from tensordict import TensorDict
 from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms.construction import observation_model
-from m3po.algorithms.value_gradient import LARGEST_SHIFT
+from m3po.algorithms.value_gradient import LARGEST_SHIFT, RATES
 from m3po.config import AlgorithmCfg
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.errors import UserError
@@ -17,11 +17,12 @@ from m3po.validation import validate
 pytestmark = pytest.mark.unit
 
 AHEAD = {"steps_per_iteration": 30, "batch_size": 128, "width": 32}
+UNTRAINED = {"world_model": {"steps_per_iteration": 0}}
 
 
 def runner_of(env=None, folder=None, **algorithm) -> M3PORunner:
     """M3PO with the value gradient and without latent model and planner."""
-    off = {"world_model": {"steps_per_iteration": 0}, "planner": {"share": 0.0}, "distill_coef": 0.0}
+    off = {**UNTRAINED, "planner": {"share": 0.0}, "distill_coef": 0.0}
     algorithm = {"value_gradient": AHEAD} | off | algorithm
     return M3PORunner(env or PointEnv(32), runner_cfg(**algorithm), folder, "cpu")
 
@@ -218,6 +219,23 @@ def test_the_regression_follows_the_plans_and_moves_nothing_else():
     assert all(map(torch.equal, model, alg.value_gradient.model.parameters()))
 
 
+@pytest.mark.parametrize(("size", "rate"), [(0.3, 1.0), (0.01, 1.0), (0.3, 1e-5)])
+def test_the_regressions_rate_follows_how_far_the_policy_moves(size, rate):
+    """Of plans that no network can follow, a rate that is too high makes far more movement than was planned."""
+    alg = planned(1e3, policy_learning_rate=rate).alg
+    st, ahead = alg.storage, alg.value_gradient
+    ahead._shift = size * torch.randn(ahead._shift.shape, generator=torch.Generator().manual_seed(0))
+    metrics = [ahead.improve(st, torch.Generator().manual_seed(k)) for k in range(20)]
+    share = torch.tensor([m["ahead/kl"] for m in metrics]) / (0.5 * ahead._shift.square().sum(-1).mean())
+    last = metrics[-1]["ahead/learning_rate"]
+    if rate == 1.0:
+        assert share[0] > 2.0 > 0.5 > share[-5:].max()
+        assert RATES[0] <= last <= RATES[1]
+    else:
+        assert share[-1] > 10 * share[0]
+        assert last > 50 * rate
+
+
 @pytest.mark.parametrize("slope", [-1e3, 0.0])
 def test_a_gradient_that_is_worth_nothing_moves_nothing(slope):
     runner = planned(slope) if slope else runner_of()
@@ -227,7 +245,7 @@ def test_a_gradient_that_is_worth_nothing_moves_nothing(slope):
         alg.value_gradient.plan(alg.storage)
     before = [p.clone() for p in alg.actor.parameters()]
     metrics = alg.value_gradient.improve(alg.storage, torch.Generator().manual_seed(0))
-    assert metrics == {"ahead/kl": 0.0, "ahead/followed": 0.0}
+    assert metrics == {"ahead/kl": 0.0, "ahead/followed": 0.0, "ahead/learning_rate": 1e-3}
     assert all(map(torch.equal, before, alg.actor.parameters()))
     assert alg.value_gradient.expected_kl == 0.0
 
@@ -367,6 +385,12 @@ def test_a_critic_that_reads_pictures_is_refused(monkeypatch):
         ({"value_gradient": {"steps_per_iteration": -1}}, "value_gradient.steps_per_iteration must not be negative"),
         ({"value_gradient": {"max_kl": -0.1}}, "value_gradient.max_kl must not be negative"),
         ({"value_gradient": {"full_slope": 0.0}}, "value_gradient.full_slope must be positive, got 0.0"),
+        ({"bonus": {"alpha": 0.3}, **UNTRAINED}, "bonus.alpha is 0.3, but the latent model"),
+        ({"planner": {"share": 0.5}, **UNTRAINED}, "planner.share is 0.5, but the latent model"),
+        (
+            {"planner": {"share": 0.0, "stages": [[0.5, {"share": 0.1}]]}, **UNTRAINED},
+            r"planner.share is 0.1, .*set, for example, world_model.steps_per_iteration=10",
+        ),
         ({"std_learning_rate": -1.0}, "std_learning_rate must not be negative"),
     ],
 )

@@ -60,7 +60,12 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
 
 
 def look_ahead_while_learning(
-    algorithm: AlgorithmCfg, steps: int, extra_steps: int, batch_size: int, critic_batch_size: int
+    algorithm: AlgorithmCfg,
+    steps: int,
+    extra_steps: int,
+    batch_size: int,
+    critic_batch_size: int,
+    std_learning_rate: float,
 ) -> None:
     """Let the value gradient look ahead instead of the planner, with what it takes for it to pay.
 
@@ -73,12 +78,13 @@ def look_ahead_while_learning(
         extra_steps: More of them in each of the first ten iterations.
         batch_size: Transitions per gradient step of that model.
         critic_batch_size: Observations per gradient step of the critic on the ring.
+        std_learning_rate: Step size of the actions' deviation.
     """
     ahead, replay = algorithm.value_gradient, algorithm.critic_replay
     ahead.steps_per_iteration, ahead.extra_steps, ahead.batch_size = steps, extra_steps, batch_size
     replay.steps_per_iteration, replay.batch_size = 64, critic_batch_size
     algorithm.value_loss_coef = 0.0
-    algorithm.std_learning_rate = 2e-3
+    algorithm.std_learning_rate = std_learning_rate
     algorithm.world_model.steps_per_iteration = algorithm.world_model.extra_steps = 0
     algorithm.planner.share = algorithm.distill_coef = 0.0
 
@@ -165,10 +171,11 @@ def suite_runner_cfg(multi_task: bool, device: str, mode: str, algo: str) -> dic
         # The mean KL is that of the tasks with many actions; at half of it, a task with a single one hardly moved.
         algorithm.critic_min_learning_rate = 3e-3
         algorithm.desired_kl = 0.06
-    # With the model, an update from rollouts of half the length is as good, and there are twice as many (entry 18).
+    # With the model, updates from rollouts of half the length are as good, and there are twice as many of them.
     looks_ahead = mode == "default" and device.startswith("cpu") and algo == "m3po" and not multi_task
     if looks_ahead:
-        look_ahead_while_learning(algorithm, steps=40, extra_steps=100, batch_size=256, critic_batch_size=256)
+        budget = {"steps": 40, "extra_steps": 100, "batch_size": 256, "critic_batch_size": 256}
+        look_ahead_while_learning(algorithm, **budget, std_learning_rate=1e-3)
     if multi_task:
         algorithm.world_model.task_embedding_dim = 96 if not device.startswith("cpu") else 16
     if algo == "ppo":

@@ -104,6 +104,11 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         unknown = sorted(set(changes) - set(STAGE_FIELDS))
         require(not unknown, f"planner.stages cannot change {', '.join(unknown)}; only {', '.join(STAGE_FIELDS)}.")
         _validate_budget(planner_at(planner, begin), require)
+    if wm.steps_per_iteration == wm.extra_steps == 0:
+        shares = [planner.share, *(stage[1].get("share", 0.0) for stage in planner.stages)]
+        for name, value in (("bonus.alpha", bonus.alpha), ("planner.share", max(shares))):
+            message = f"{name} is {value}, but the latent model that it needs is not trained: set, for example, "
+            require(value == 0, f"{message}world_model.steps_per_iteration=10.")
     require(
         wm.horizon <= num_steps,
         f"world_model.horizon ({wm.horizon}) exceeds the {num_steps} steps of a rollout (num_steps_per_env).",

@@ -194,7 +194,8 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
             cfg.algorithm.critic_replay.steps_per_iteration = CPU_SMALL_CRITIC_STEPS
             cfg.algorithm.value_loss_coef = 0.0
         else:
-            look_ahead_while_learning(cfg.algorithm, steps=60, extra_steps=200, batch_size=512, critic_batch_size=1024)
+            budget = {"steps": 60, "extra_steps": 200, "batch_size": 512, "critic_batch_size": 1024}
+            look_ahead_while_learning(cfg.algorithm, **budget, std_learning_rate=2e-3)
         distribution = getattr(cfg.actor, "distribution_cfg", None)
         if hasattr(distribution, "init_std"):
             distribution.init_std = first_noise(task_cfg)

@@ -28,7 +28,11 @@ LARGEST_SHIFT = 4.0
 """A plan goes no further than this multiple of the root mean square of all plans."""
 
 FOLLOWED = 0.5
-"""KL that the policy is expected to move by, as a share of the plans': a network cannot follow all of them at once."""
+"""KL that the policy is to move by, as a share of the plans': a network cannot follow all of them at once, and what it
+moves beyond that is noise. The regression's step size is adapted to it."""
+
+RATES = (1e-5, 1e-2)
+"""Bounds of that step size."""
 
 SLOPE_RATE = 0.2
 """Weight of the newest rollout in the running mean of the slope: one rollout of 4096 steps tells it to about 0.016."""
@@ -195,21 +199,28 @@ class ValueGradient:
     def improve(self, rollout: RolloutStorage, generator: torch.Generator) -> dict[str, float]:
         """Regress the policy's mean onto the plans of :meth:`plan`, from where it is now.
 
+        Adam's steps are as long as its rate, however short the plans: the rate is proportional to their length, and
+        follows how far the policy moved.
+
         Args:
             rollout: The rollout that was planned for.
             generator: Draws the order of the mini-batches.
 
         Returns:
-            ``kl`` between the policies before and after, nats, and ``followed``, the cosine between what was planned
-            and what came out.
+            ``kl`` between the policies before and after, nats, ``followed``, the cosine between what was planned and
+            what came out, and ``learning_rate``, that of plans which go the whole trust region.
         """
         obs, shift, weight = rollout.obs.flatten(0, 1), self._shift, self._weight
         size = distributed.mean(weight.mean(), weight=len(weight))
+        group = self.policy_optimizer.param_groups[0]
         if size == 0:
-            return {"ahead/kl": 0.0, "ahead/followed": 0.0}
+            return {"ahead/kl": 0.0, "ahead/followed": 0.0, "ahead/learning_rate": group["lr"]}
         with torch.no_grad():
             mean, std = (x.clone() for x in self.policy(obs))
         target = mean + std * shift
+        length = distributed.mean((shift.square().sum(-1) * weight).mean(), weight=len(weight)) / size
+        rate = group["lr"]
+        group["lr"] = rate * min(1.0, (length / (2.0 * self.cfg.max_kl)).sqrt().item())
         self.guards[1].begin()
         for _ in range(self.cfg.num_epochs):
             order = torch.randperm(len(weight), generator=generator, device=weight.device)
@@ -225,7 +236,9 @@ class ValueGradient:
             sums = torch.stack([((x * y).sum(-1) * weight).mean() for x, y in pairs])
             moves, shifts, both = distributed.mean(sums, weight=len(weight))
         followed = both / (moves * shifts).sqrt().clamp_min(1e-12)
-        return {"ahead/kl": (0.5 * moves / size).item(), "ahead/followed": followed.item()}
+        group["lr"] = _adapted(rate, (moves / shifts.clamp_min(1e-12)).item())
+        metrics = {"kl": (0.5 * moves / size).item(), "followed": followed.item(), "learning_rate": group["lr"]}
+        return {f"ahead/{name}": value for name, value in metrics.items()}
 
     # -- between observations and the model's vector -------------------------------------------------------------------
 
@@ -237,3 +250,12 @@ class ValueGradient:
         """Observation groups of an observation vector (B, O); groups that the model does not predict are as before."""
         parts = zip(self.group_dims, x.split(list(self.group_dims.values()), dim=-1), strict=True)
         return TensorDict({**like, **dict(parts)}, batch_size=like.batch_size)
+
+
+def _adapted(rate: float, share: float) -> float:
+    """The next step size of a regression that moved the policy by a share of what was planned, as rsl_rl adapts its."""
+    if share > 2.0 * FOLLOWED:
+        return max(RATES[0], rate / 1.5)
+    if share < 0.5 * FOLLOWED:
+        return min(RATES[1], rate * 1.5)
+    return rate
