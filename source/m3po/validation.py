@@ -105,8 +105,9 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         require(not unknown, f"planner.stages cannot change {', '.join(unknown)}; only {', '.join(STAGE_FIELDS)}.")
         _validate_budget(planner_at(planner, begin), require)
     if wm.steps_per_iteration == wm.extra_steps == 0:
-        shares = [planner.share, *(stage[1].get("share", 0.0) for stage in planner.stages)]
-        for name, value in (("bonus.alpha", bonus.alpha), ("planner.share", max(shares))):
+        budgets = [planner, *(planner_at(planner, stage[0]) for stage in planner.stages)]
+        share = max((budget.share for budget in budgets if budget.num_iterations > 0), default=0.0)
+        for name, value in (("bonus.alpha", bonus.alpha), ("planner.share", share)):
             message = f"{name} is {value}, but the latent model that it needs is not trained: set, for example, "
             require(value == 0, f"{message}world_model.steps_per_iteration=10.")
     require(
