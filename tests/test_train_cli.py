@@ -31,6 +31,7 @@ print(json.dumps(answers))
 """
 
 ANT = ("--task", "Isaac-Ant-v0", "--device", "cpu")
+PLANNED = ("agent.algorithm.planner.share=1.0", "agent.algorithm.world_model.steps_per_iteration=10")
 MISTAKES = {
     "no task": ((), "--task"),
     "unknown task": (("--task", "Isaac-Antt-v0"), "Closest: Isaac-Ant,"),
@@ -54,9 +55,11 @@ MISTAKES = {
     "unknown kernels": ((*ANT, "agent.algorithm.planner.kernels=cuda"), "one of torch, warp"),
     "wrong schedule": ((*ANT, "agent.algorithm.planner.stages=[[0.5,{{'shar':1}}]]"), "cannot change shar"),
     "more memory than there is": (
-        (*ANT, "--num_envs", "9000000", "agent.algorithm.planner.num_samples=512", "agent.algorithm.planner.share=1.0"),
+        (*ANT, "--num_envs", "9000000", "agent.algorithm.planner.num_samples=512", *PLANNED),
         "GiB free: lower num_envs, planner.share",
     ),
+    "a planner without a trained model": ((*ANT, PLANNED[0]), "set, for example, world_model.steps_per_iteration=10"),
+    "a bonus without a trained model": ((*ANT, "agent.algorithm.bonus.alpha=0.3"), "bonus.alpha is 0.3, but the"),
     "no environments": ((*ANT, "--num_envs", "0"), "at least 1, got 0"),
     "negative environments": ((*ANT, "--num_envs", "-4"), "at least 1, got -4"),
     "no environments by override": ((*ANT, "env.scene.num_envs=0"), "num_envs must be at least 1"),
