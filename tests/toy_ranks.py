@@ -61,7 +61,8 @@ def share_noise(num_envs: int, first: int) -> None:
 
 def config() -> dict[str, Any]:
     """Plans everywhere, looks ahead, has a bonus and normalisers, and takes all data at once."""
-    planner = {"share": 1.0, "min_skill": None, "min_reward_ev": None}
+    # Every candidate is an elite: which of two equal ones is chosen, the rounding of sums would decide.
+    planner = {"share": 1.0, "min_skill": None, "min_reward_ev": None, "num_samples": 16, "num_elites": 16}
     # A small rate of the regression, which rises here: the larger it is, the further Adam carries the sums' rounding.
     ahead = {"steps_per_iteration": 20, "width": 16, "full_slope": 0.01, "policy_learning_rate": 2e-4}
     cfg = runner_cfg(
