@@ -70,7 +70,8 @@ def look_ahead_while_learning(
     """Let the value gradient look ahead instead of the planner, with what it takes for it to pay.
 
     Values must be better than one rollout can tell, and the deviation must not be slowed down with the policy, which
-    gives a part of the trust region away. Planner and latent model added nothing beside it (docs/experiments.md).
+    gives a part of the trust region away. Planner and latent model added nothing beside it on Isaac Lab's tasks
+    (docs/experiments.md).
 
     Args:
         algorithm: Configuration that is changed.
