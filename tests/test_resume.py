@@ -44,7 +44,9 @@ CASES = {
     "bonus": (lambda: runner_cfg(planner={**OPEN, "execution": "mppi"}, bonus={"alpha": 0.5}), point),
     "critic on the ring": (lambda: runner_cfg(planner=OPEN, critic_replay={"steps_per_iteration": 3}), point),
     "value gradient": (
-        lambda: runner_cfg(value_gradient={"steps_per_iteration": 5, "width": 16}, std_learning_rate=1e-3),
+        lambda: runner_cfg(
+            value_gradient={"steps_per_iteration": 5, "width": 16}, std_learning_rate=1e-3, policy_average_decay=0.8
+        ),
         point,
     ),
     "ppo": (ppo_cfg, point),

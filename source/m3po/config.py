@@ -297,6 +297,10 @@ class AlgorithmCfg:
     std_learning_rate: float = 0.0
     """Adam's step size of the action deviation. 0: it follows the policy's rate, as in rsl_rl."""
 
+    policy_average_decay: float = 0.0
+    """What evaluations, ``play.py`` and exports act with is the exponential moving average of the policy's weights over
+    iterations, with this decay; what collects rollouts is the newest policy. 0: the newest policy everywhere."""
+
     schedule: str = "adaptive"
     """``adaptive``: the policy's rate follows :attr:`desired_kl`; ``fixed``."""
 

@@ -42,7 +42,7 @@ def export_policy(runner: OnPolicyRunner, folder: Path) -> dict[str, float]:
         UserError: If the policy is recurrent or reads images, which the comparison does not cover.
         M3POError: If a file differs from torch by more than :data:`TOLERANCE`.
     """
-    policy = runner.alg.get_policy()
+    policy = runner.inference_policy()
     if isinstance(policy, TaskMLPModel):
         env = runner.env
         return {

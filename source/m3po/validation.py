@@ -116,6 +116,8 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
     )
     for name, value in (("gamma", cfg.gamma), ("lam", cfg.lam), ("critic_replay.lam", replay.lam)):
         require(0.0 <= value <= 1.0, f"{name} must lie in [0, 1], got {value}.")
+    decay = cfg.policy_average_decay
+    require(0.0 <= decay < 1.0, f"policy_average_decay must lie in [0, 1), got {decay}.")
 
 
 def _validate_budget(planner: PlannerCfg, require: Callable[[bool, str], None]) -> None:

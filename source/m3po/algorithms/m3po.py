@@ -27,6 +27,7 @@ from m3po.algorithms.bonus import annealed_alpha, apply_bonus
 from m3po.algorithms.construction import build_networks, check_cfg, observation_model, parse_algorithm_cfg
 from m3po.algorithms.critic_replay import CriticReplay
 from m3po.algorithms.model_learning import ModelLearner
+from m3po.algorithms.policy_average import PolicyAverage
 from m3po.algorithms.policy_learning import PolicyLearner
 from m3po.algorithms.tasks import Tasks
 from m3po.algorithms.value_gradient import ValueGradient
@@ -80,6 +81,7 @@ class M3PO:
         num_rollouts = max(1, round(cfg.world_model.ring_transitions / (num_envs * num_steps)))
         self.ring = RolloutRing(storage, num_rollouts, seed)
         self.policy_learner = PolicyLearner(actor, critic, cfg, self.estimator.units)
+        self.average = PolicyAverage(actor, cfg.policy_average_decay)
         self.model_learner = ModelLearner(
             model, self.model_obs, self._policy, self.estimator.values, self.tasks.action_mask, cfg.restore_after
         )
@@ -96,8 +98,7 @@ class M3PO:
         learners = (self.policy_learner, self.model_learner, self.critic_replay)
         self._guards = [learner.guard for learner in learners if learner is not None]
         self._guards += self.value_gradient.guards if self.value_gradient is not None else ()
-        model_steps = cfg.world_model.steps_per_iteration + cfg.world_model.extra_steps
-        self.learns_model = model_steps > 0
+        self.learns_model = cfg.world_model.steps_per_iteration + cfg.world_model.extra_steps > 0
         self.stopwatch = Stopwatch(device)
         self.metrics: dict[str, float] = {}
 
@@ -151,11 +152,7 @@ class M3PO:
         self.critic.reset(dones)
 
     def compute_returns(self, obs: TensorDict) -> None:
-        """Returns and per-task standardised advantages of the finished rollout.
-
-        Args:
-            obs: Observations after the last step, batch size (N,).
-        """
+        """Returns and per-task standardised advantages of the finished rollout; ``obs`` (N,) follow its last step."""
         self.advantage_std = self.estimator.evaluate(self.storage, obs)
 
     # -- update -------------------------------------------------------------------------------------------------------
@@ -198,6 +195,7 @@ class M3PO:
             self.behaviour.rotate()
         else:
             self._update_statistics()
+        self.average.update()
         metrics["policy/clipped_share"] = losses.pop("clipped_share")
         skipped, restored = zip(*(guard.read() for guard in self._guards), strict=True)
         metrics["robust/skipped_steps"], metrics["robust/restored"] = float(sum(skipped)), float(sum(restored))
@@ -240,14 +238,14 @@ class M3PO:
         """A noise-free policy: observations with batch size (n,) -> actions (n, A).
 
         Args:
-            kind: ``prior`` is the policy's mean action; ``planner`` is the mean that the planner would execute.
+            kind: ``prior``: the mean action of the policy, averaged if so configured; ``planner``: the planner's mean.
 
         Raises:
             ValueError: If ``kind`` is neither.
         """
         self.eval_mode()
         if kind == "prior":
-            return self.actor
+            return self.average.policy
         if kind != "planner":
             raise ValueError(f"The policy must be 'prior' or 'planner', got '{kind}'.")
         return self.behaviour.planner_policy()
@@ -275,16 +273,17 @@ class M3PO:
 
     def save(self) -> dict[str, Any]:
         """Everything to be restored, as tensors and plain values."""
-        units = {"reward_units_state_dict": self.estimator.rewards.state_dict()} if self.cfg.normalize_values else {}
         optional = {f"{name}_state_dict": part.state_dict() for name, part in self._optional().items()}
+        if self.cfg.normalize_values:
+            optional["reward_units_state_dict"] = self.estimator.rewards.state_dict()
         return {
             "actor_state_dict": self.actor.state_dict(),
             "critic_state_dict": self.critic.state_dict(),
             "world_model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.policy_learner.optimizer.state_dict(),
             "world_model_optimizer_state_dict": self.model_learner.optimizer.state_dict(),
-            **units,
             **optional,
+            **self.average.state(),
             "m3po_state": {
                 "learning_rate": self.learning_rate,
                 "task_learning_rates": self.policy_learner.task_rates.tolist(),
@@ -300,6 +299,7 @@ class M3PO:
             load_cfg = {"actor": True, "critic": True, "optimizer": True, "iteration": True}
         if load_cfg.get("actor"):
             self.actor.load_state_dict(loaded_dict["actor_state_dict"], strict=strict)
+            self.average.load(loaded_dict, strict)
             self.model.load_state_dict(loaded_dict["world_model_state_dict"], strict=strict)
             self.behaviour.imagination.model_changed()
         for guard in self._guards:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from m3po.algorithms import policy_average
 from m3po.errors import CheckpointError
 
 FORMAT = 3
@@ -113,6 +114,7 @@ def read_checkpoint(path: str | Path, map_location: str | None = None) -> dict[s
         raise CheckpointError(f"The checkpoint '{path}' is truncated or corrupted.") from error
     if not isinstance(content, dict) or "actor_state_dict" not in content:
         raise CheckpointError(f"'{path}' is not a checkpoint of M3PO or rsl_rl.")
+    content.setdefault(policy_average.KEY, content["actor_state_dict"])
     return content
 
 

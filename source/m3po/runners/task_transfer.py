@@ -210,7 +210,7 @@ def _layouts(network: str, state: Iterable[str]) -> dict[str, tuple[str, ...] | 
         label = name
         for end, word in ends.items():
             label = label.replace(end, word)
-        layouts[name] = _layout(f"{network.removesuffix('_state_dict')}.{label}")
+        layouts[name] = _layout(f"{network.removesuffix('_state_dict').removeprefix('average_')}.{label}")
     return layouts
 
 
