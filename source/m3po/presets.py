@@ -86,6 +86,8 @@ def look_ahead_while_learning(
     replay.steps_per_iteration, replay.batch_size = 64, critic_batch_size
     algorithm.value_loss_coef = 0.0
     algorithm.std_learning_rate = std_learning_rate
+    # The policy moves further per update, and so do its moments of having forgotten something.
+    algorithm.policy_average_decay = 0.95
     algorithm.world_model.steps_per_iteration = algorithm.world_model.extra_steps = 0
     algorithm.planner.share = algorithm.distill_coef = 0.0
 
