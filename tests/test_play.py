@@ -47,8 +47,9 @@ def script(name: str, task: str, logs: Path, *options: object) -> Result:
 
 @pytest.fixture(scope="module")
 def cartpole_run(logs: Path) -> Path:
-    """A run that was evaluated beside its training."""
+    """A run with a planner that was evaluated beside its training."""
     options = ["--num_envs", 16, "--max_iterations", 3, "--eval_interval", 3, "--eval_envs", 8]
+    options += ["agent.algorithm.planner.share=1.0", "agent.algorithm.world_model.steps_per_iteration=4"]
     script("train.py", "Isaac-Cartpole-v0", logs, *options)
     return read_run(logs, "cartpole")
 

@@ -118,6 +118,18 @@ def test_agent_combines_the_tasks_configuration_with_the_preset(facts):
     ahead = {"steps_per_iteration": 60, "extra_steps": 200}
     assert ant["algorithm"]["value_gradient"] == preset["value_gradient"] | ahead
     assert ant["algorithm"]["std_learning_rate"] == 0.002
+    assert ant["algorithm"]["policy_average_decay"] == 0.95
+
+
+def test_a_small_policy_has_a_critic_on_the_ring_and_no_look_ahead(facts):
+    """What paid on Cartpole (docs/experiments.md)."""
+    small = facts["built"]["Isaac-Cartpole m3po_cfg_entry_point"]
+    replay = {"steps_per_iteration": 32, "batch_size": 1024, "learning_rate": 0.003}
+    assert small["critic_replay"] == dataclasses.asdict(default_preset("cpu", 32))["critic_replay"] | replay
+    assert (small["value_loss_coef"], small["desired_kl"], small["distill_coef"]) == (0.0, 0.03, 0.0)
+    assert (small["planner"]["share"], small["planner"]["stages"]) == (0.0, [])
+    steps = (small["world_model"]["steps_per_iteration"], small["world_model"]["extra_steps"])
+    assert (*steps, small["value_gradient"]["steps_per_iteration"]) == (0, 0, 0)
 
 
 def test_a_cuda_device_keeps_the_tasks_rollout_and_gets_the_larger_preset(facts):

@@ -179,7 +179,13 @@ def test_defaults_and_overrides_of_both_algorithms():
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 SMALL = ("--num_envs", "16", "--max_iterations", "2", "--device", "cpu", "--seed", "3")
-PLANNING = ("agent.algorithm.planner.min_skill=-1000.0", "agent.algorithm.planner.min_reward_ev=-1000.0")
+PLANNING = (
+    "agent.algorithm.planner.share=1.0",
+    "agent.algorithm.planner.min_skill=-1000.0",
+    "agent.algorithm.planner.min_reward_ev=-1000.0",
+    "agent.algorithm.world_model.steps_per_iteration=4",
+    "agent.algorithm.distill_coef=0.5",
+)
 OURS = ("scripts/train.py", "--task", "Isaac-Cartpole-v0", "--algo", "m3po", "--headless", "--eval_interval", "0")
 STOCK = ("-m", "isaaclab", "train", "--task", "Isaac-Cartpole", "--rl_library")
 WAYS = {

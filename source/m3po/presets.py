@@ -21,26 +21,9 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
     if device.startswith("cpu") and policy_width <= SMALL_POLICY:
         return AlgorithmCfg(
             lam=0.95,
-            distill_coef=0.5,
-            world_model=WorldModelCfg(
-                size="micro",
-                task_embedding_dim=8,
-                steps_per_iteration=4,
-                extra_steps=60,
-                extra_iterations=20,
-                batch_size=256,
-                learning_rate=2e-3,
-            ),
-            # Such tasks are learnt in a fraction of their budget: that is when everything is planned.
+            world_model=WorldModelCfg(size="micro", task_embedding_dim=8, batch_size=256, learning_rate=2e-3),
             planner=PlannerCfg(
-                horizon=8,
-                num_samples=4,
-                num_prior_samples=0,
-                num_iterations=1,
-                num_elites=4,
-                max_kl=0.5,
-                share=1.0,
-                stages=[[0.3, {"share": 0.1}]],
+                horizon=8, num_samples=4, num_prior_samples=0, num_iterations=1, num_elites=4, max_kl=0.5
             ),
         )
     if device.startswith("cpu"):
@@ -59,6 +42,24 @@ def default_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
     )
 
 
+def learn_values_on_the_ring(algorithm: AlgorithmCfg, steps: int, batch_size: int, learning_rate: float) -> None:
+    """Let the critic learn on the ring alone, without planner and latent model, which added nothing beside it.
+
+    (docs/experiments.md)
+
+    Args:
+        algorithm: Configuration that is changed.
+        steps: Gradient steps of the critic per rollout.
+        batch_size: Observations per gradient step.
+        learning_rate: Their step size.
+    """
+    replay = algorithm.critic_replay
+    replay.steps_per_iteration, replay.batch_size, replay.learning_rate = steps, batch_size, learning_rate
+    algorithm.value_loss_coef = 0.0
+    algorithm.world_model.steps_per_iteration = algorithm.world_model.extra_steps = 0
+    algorithm.planner.share = algorithm.distill_coef = 0.0
+
+
 def look_ahead_while_learning(
     algorithm: AlgorithmCfg,
     steps: int,
@@ -70,8 +71,7 @@ def look_ahead_while_learning(
     """Let the value gradient look ahead instead of the planner, with what it takes for it to pay.
 
     Values must be better than one rollout can tell, and the deviation must not be slowed down with the policy, which
-    gives a part of the trust region away. Planner and latent model added nothing beside it on Isaac Lab's tasks
-    (docs/experiments.md).
+    gives a part of the trust region away.
 
     Args:
         algorithm: Configuration that is changed.
@@ -81,15 +81,12 @@ def look_ahead_while_learning(
         critic_batch_size: Observations per gradient step of the critic on the ring.
         std_learning_rate: Step size of the actions' deviation.
     """
-    ahead, replay = algorithm.value_gradient, algorithm.critic_replay
+    ahead = algorithm.value_gradient
     ahead.steps_per_iteration, ahead.extra_steps, ahead.batch_size = steps, extra_steps, batch_size
-    replay.steps_per_iteration, replay.batch_size = 64, critic_batch_size
-    algorithm.value_loss_coef = 0.0
+    learn_values_on_the_ring(algorithm, 64, critic_batch_size, 1e-3)
     algorithm.std_learning_rate = std_learning_rate
     # The policy moves further per update, and so do its moments of having forgotten something.
     algorithm.policy_average_decay = 0.95
-    algorithm.world_model.steps_per_iteration = algorithm.world_model.extra_steps = 0
-    algorithm.planner.share = algorithm.distill_coef = 0.0
 
 
 def paper_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:

@@ -31,7 +31,14 @@ from m3po.config import (
     from_dict,
 )
 from m3po.errors import UserError
-from m3po.presets import SMALL_POLICY, default_preset, describe, look_ahead_while_learning, paper_preset
+from m3po.presets import (
+    SMALL_POLICY,
+    default_preset,
+    describe,
+    learn_values_on_the_ring,
+    look_ahead_while_learning,
+    paper_preset,
+)
 
 CPU_NUM_ENVS = 512
 """Environments of a run on the CPU, unless the command line says otherwise."""
@@ -45,9 +52,8 @@ CPU_MAX_ITERATIONS = 256
 CPU_DESIRED_KL = {"small": 0.03, "large": 0.06}
 """Target KL per update of the default mode on the CPU, for small policies and the others."""
 
-CPU_SMALL_CRITIC_STEPS = 32
-"""Gradient steps of a small policy's critic on the ring per rollout in the default mode on the CPU; it learns nowhere
-else then."""
+CPU_SMALL_CRITIC = {"steps": 32, "batch_size": 1024, "learning_rate": 3e-3}
+"""How a small policy's critic learns on the ring in the default mode on the CPU; it learns nowhere else then."""
 
 INIT_STD = 0.5
 """Initial standard deviation of the actions of the default mode on the CPU, but for small policies."""
@@ -189,10 +195,9 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
         cfg.max_iterations = CPU_MAX_ITERATIONS
         kind = "small" if algorithm.world_model.size == "micro" else "large"
         cfg.algorithm.desired_kl = CPU_DESIRED_KL[kind]
-        # Small policies look ahead while acting, others while learning: each where it paid (docs/experiments.md).
+        # Look-ahead did not pay for small policies (docs/experiments.md).
         if kind == "small":
-            cfg.algorithm.critic_replay.steps_per_iteration = CPU_SMALL_CRITIC_STEPS
-            cfg.algorithm.value_loss_coef = 0.0
+            learn_values_on_the_ring(cfg.algorithm, **CPU_SMALL_CRITIC)
         else:
             budget = {"steps": 60, "extra_steps": 200, "batch_size": 512, "critic_batch_size": 1024}
             look_ahead_while_learning(cfg.algorithm, **budget, std_learning_rate=2e-3)

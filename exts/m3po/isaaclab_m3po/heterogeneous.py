@@ -118,9 +118,10 @@ def _for_several_tasks(agent_cfg: Any) -> Any:
     agent_cfg.actor, agent_cfg.critic = _shared(agent_cfg.actor), _shared(agent_cfg.critic)
     agent_cfg.algorithm.normalize_values = several.normalize_values
     agent_cfg.algorithm.world_model.task_embedding_dim = several.world_model.task_embedding_dim
-    if agent_cfg.algorithm.value_gradient.steps_per_iteration > 0:  # measured on single tasks alone: plan instead
+    if agent_cfg.algorithm.planner.share == 0:  # measured on single tasks alone: plan instead
         agent_cfg.algorithm.value_gradient.steps_per_iteration = 0
         agent_cfg.algorithm.std_learning_rate = several.std_learning_rate
+        agent_cfg.algorithm.policy_average_decay = several.policy_average_decay
         agent_cfg.algorithm.world_model.steps_per_iteration = several.world_model.steps_per_iteration
         agent_cfg.algorithm.planner.share = several.planner.share
         agent_cfg.algorithm.distill_coef = several.distill_coef
