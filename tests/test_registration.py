@@ -118,7 +118,7 @@ def test_agent_combines_the_tasks_configuration_with_the_preset(facts):
     ahead = {"steps_per_iteration": 60, "extra_steps": 200}
     assert ant["algorithm"]["value_gradient"] == preset["value_gradient"] | ahead
     assert ant["algorithm"]["std_learning_rate"] == 0.002
-    assert ant["algorithm"]["policy_average_decay"] == 0.95
+    assert ant["algorithm"]["policy_average_decay"] == 0.0
 
 
 def test_a_small_policy_has_a_critic_on_the_ring_and_no_look_ahead(facts):

@@ -85,8 +85,6 @@ def look_ahead_while_learning(
     ahead.steps_per_iteration, ahead.extra_steps, ahead.batch_size = steps, extra_steps, batch_size
     learn_values_on_the_ring(algorithm, 64, critic_batch_size, 1e-3)
     algorithm.std_learning_rate = std_learning_rate
-    # The policy moves further per update, and so do its moments of having forgotten something.
-    algorithm.policy_average_decay = 0.95
 
 
 def paper_preset(device: str, policy_width: int = 256) -> AlgorithmCfg:
@@ -176,6 +174,8 @@ def suite_runner_cfg(multi_task: bool, device: str, mode: str, algo: str) -> dic
     if looks_ahead:
         budget = {"steps": 40, "extra_steps": 100, "batch_size": 256, "critic_batch_size": 256}
         look_ahead_while_learning(algorithm, **budget, std_learning_rate=1e-3)
+        # A rollout of few environments shows little of an episode; what it does not show is forgotten for a while.
+        algorithm.policy_average_decay = 0.95
     if multi_task:
         algorithm.world_model.task_embedding_dim = 96 if not device.startswith("cpu") else 16
     if algo == "ppo":

@@ -121,7 +121,6 @@ def _for_several_tasks(agent_cfg: Any) -> Any:
     if agent_cfg.algorithm.planner.share == 0:  # measured on single tasks alone: plan instead
         agent_cfg.algorithm.value_gradient.steps_per_iteration = 0
         agent_cfg.algorithm.std_learning_rate = several.std_learning_rate
-        agent_cfg.algorithm.policy_average_decay = several.policy_average_decay
         agent_cfg.algorithm.world_model.steps_per_iteration = several.world_model.steps_per_iteration
         agent_cfg.algorithm.planner.share = several.planner.share
         agent_cfg.algorithm.distill_coef = several.distill_coef
