@@ -38,6 +38,7 @@ def test_it_is_the_exponential_average_over_iterations_with_statistics_of_now():
         expected = newest if expected is None else 0.75 * expected + 0.25 * newest
         torch.testing.assert_close(weights(runner.alg.average.policy), expected)
     assert not torch.equal(expected, newest)
+    assert not runner.inference_policy().training
     for name, value in runner.alg.actor.named_buffers():
         assert torch.equal(dict(runner.alg.average.policy.named_buffers())[name], value), name
 

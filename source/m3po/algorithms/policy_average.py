@@ -28,7 +28,7 @@ class PolicyAverage:
         """
         self.actor, self._average = actor, None
         if decay > 0:
-            self._average = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(decay))
+            self._average = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
 
     @property
     def policy(self) -> MLPModel:
