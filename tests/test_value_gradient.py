@@ -1,4 +1,4 @@
-"""Look-ahead at update time: the model of observations, the gradient through it, and what the policy makes of it."""
+"""Look-ahead at update time: the gradient through the model of observations, and what the policy makes of it."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from tensordict import TensorDict
 from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms.construction import observation_model
-from m3po.algorithms.value_gradient import LARGEST_SHIFT, RATES
+from m3po.algorithms.value_gradient import LARGEST_SHIFT, RATES, SLOPE_RATE, SLOPE_STEPS
 from m3po.config import AlgorithmCfg
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.errors import UserError
-from m3po.models.observation_model import OUTLIER, ObservationModel
+from m3po.models.observation_model import ObservationModel
 from m3po.runners import M3PORunner
 from m3po.validation import validate
 
@@ -47,77 +47,6 @@ class PointModel(ObservationModel):
         x = x + 0.1 * v
         reward = -x.square().sum(-1) - 0.1 * action.square().sum(-1)
         return torch.cat([x, v], dim=-1), reward, torch.full_like(reward, 0.9)
-
-
-# -- the model ---------------------------------------------------------------------------------------------------------
-
-
-def transitions(count: int = 512, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random steps of two dimensions, a quarter of which fall, for a price of 100."""
-    stream = torch.Generator().manual_seed(seed)
-    obs, action = (torch.randn(count, 2, generator=stream) for _ in range(2))
-    terminated = obs[:, 0] > 0.67
-    reward = torch.where(terminated, -100.0, 3.0 + 0.01 * action[:, 0])
-    task = torch.zeros(count, dtype=torch.long)
-    return {
-        "obs": obs,
-        "action": action,
-        "next_obs": obs + 0.1 * action,
-        "reward": reward,
-        "terminated": terminated,
-        "task": task,
-    }
-
-
-def fitted(data: dict[str, torch.Tensor], steps: int = 400) -> ObservationModel:
-    """A model that was trained on transitions."""
-    torch.manual_seed(0)
-    model = ObservationModel(2, 2, 1, 32)
-    valid = torch.ones(len(data["obs"]), dtype=torch.bool)
-    model.update_statistics(data["obs"], data["next_obs"], valid, data["reward"], data["terminated"], data["task"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        sum(term.mean() for term in model.losses(**data).values()).backward()
-        optimizer.step()
-    return model
-
-
-def test_an_untrained_model_predicts_no_change():
-    data = transitions()
-    model = ObservationModel(2, 2, 1, 32)
-    next_obs, reward, alive = model.step(data["obs"], data["action"], data["task"])
-    assert torch.equal(next_obs, data["obs"])
-    assert torch.equal(reward, torch.zeros_like(reward))
-    assert torch.allclose(alive, torch.full_like(alive, 0.5))
-
-
-def test_a_trained_model_predicts_change_reward_and_termination():
-    """The price of a fall, ten thousand times as large as what actions do to the reward, does not drown that."""
-    data = transitions()
-    model, unseen = fitted(data), transitions(seed=1)
-    with torch.no_grad():
-        next_obs, reward, alive = model.step(unseen["obs"], unseen["action"], unseen["task"])
-    change = unseen["next_obs"] - unseen["obs"]
-    assert (next_obs - unseen["next_obs"]).square().mean() < 0.01 * change.square().mean()
-    sure = (unseen["obs"][:, 0] - 0.67).abs() > 0.3
-    assert torch.equal((alive < 0.5)[sure], unseen["terminated"][sure])
-    fallen, going = unseen["terminated"] & sure, ~unseen["terminated"] & sure
-    assert (reward[fallen] + 100).abs().max() < 20  # nearly sure of it
-    # with the probability of the fall taken out, rewards are told apart to a part of what actions do
-    normal = model.reward_normalizer
-    with torch.no_grad():
-        _, scaled, _ = model.predict(unseen["obs"], unseen["action"], unseen["task"])
-    own = normal.mean[0, 0] + scaled * (normal.var[0, 0].sqrt() + normal.eps)
-    assert (own - unseen["reward"])[going].square().mean() < 0.2 * 0.01**2
-
-
-def test_outliers_do_not_set_the_targets():
-    data = transitions()
-    model = fitted(data, steps=0)
-    data["next_obs"][0] += 1e6
-    assert model.change_targets(data["obs"], data["next_obs"], data["task"]).abs().max() == OUTLIER
-    assert model.reward_targets(torch.tensor([-1e6, 3.0]), data["task"][:2]).abs().max() == OUTLIER
 
 
 # -- the gradient ------------------------------------------------------------------------------------------------------
@@ -201,7 +130,7 @@ def test_plans_go_as_far_as_the_gradient_has_been_worth():
     def reach(slope):
         return planned(slope, full_slope=1.0).alg.value_gradient._shift.square().sum(-1).mean().sqrt().item()
 
-    assert reach(0.5) == pytest.approx(0.5 * reach(1e3), rel=0.3)  # the newest rollout has a say of a fifth
+    assert reach(0.5) == pytest.approx(0.5 * reach(1e3), rel=0.3)  # the newest rollout has its say
 
 
 def test_the_regression_follows_the_plans_and_moves_nothing_else():
@@ -261,6 +190,21 @@ def test_the_slope_is_what_the_advantages_say():
     for sign in (1, -1):
         st.advantages.copy_((sign * along).view_as(st.advantages))
         assert ahead.plan(st)["ahead/slope"] == pytest.approx(sign * along.square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("full", [SLOPE_STEPS, 100])
+def test_a_small_rollout_weighs_in_proportion_in_the_mean_slope(monkeypatch, full):
+    """A slope that a few steps tell is mostly noise; steps that did not take place tell nothing."""
+    runner = planned(0.0)
+    st, ahead = runner.alg.storage, runner.alg.value_gradient
+    monkeypatch.setattr("m3po.algorithms.value_gradient.SLOPE_STEPS", full)
+    st.lost[:, :3] = st.any_lost = True
+    steps = int((~st.lost).sum())
+    assert 100 < steps < st.lost.numel() < SLOPE_STEPS
+    ahead.model.slope.fill_(0.5)
+    slope = ahead.plan(st)["ahead/slope"]
+    weight = SLOPE_RATE * min(1.0, steps / full)
+    assert ahead.model.slope.item() == pytest.approx(0.5 + weight * (slope - 0.5), rel=1e-5)
 
 
 def test_real_advantages_rise_along_the_gradient():
