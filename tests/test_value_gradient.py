@@ -99,7 +99,7 @@ def test_the_gradient_reaches_no_network():
     alg = runner.alg
     for p in (*alg.actor.parameters(), *alg.critic.parameters(), *alg.value_gradient.model.parameters()):
         p.grad = None
-    alg.value_gradient.plan(alg.storage)
+    alg.value_gradient.plan(alg.storage, 3)
     networks = (alg.actor, alg.critic, alg.value_gradient.model)
     assert all(p.grad is None for network in networks for p in network.parameters())
 
@@ -114,7 +114,7 @@ def planned(slope: float, **settings) -> M3PORunner:
     runner.learn(3)
     collect(runner)
     runner.alg.value_gradient.model.slope.fill_(slope)
-    runner.alg.value_gradient.plan(runner.alg.storage)
+    runner.alg.value_gradient.plan(runner.alg.storage, 3)
     return runner
 
 
@@ -158,7 +158,7 @@ def test_the_regressions_rate_follows_how_far_the_policy_moves(size, rate):
     share = torch.tensor([m["ahead/kl"] for m in metrics]) / (0.5 * ahead._shift.square().sum(-1).mean())
     last = metrics[-1]["ahead/learning_rate"]
     if rate == 1.0:
-        assert share[0] > 2.0 > 0.5 > share[-5:].max()
+        assert share[:3].max() > 2.0 > 0.5 > share[-5:].max()  # the first passes may cancel each other out
         assert RATES[0] <= last <= RATES[1]
     else:
         assert share[-1] > 10 * share[0]
@@ -171,7 +171,7 @@ def test_a_gradient_that_is_worth_nothing_moves_nothing(slope):
     alg = runner.alg
     if not slope:  # an untrained model, whose gradient is 0
         collect(runner)
-        alg.value_gradient.plan(alg.storage)
+        alg.value_gradient.plan(alg.storage, 3)
     before = [p.clone() for p in alg.actor.parameters()]
     metrics = alg.value_gradient.improve(alg.storage, torch.Generator().manual_seed(0))
     assert metrics == {"ahead/kl": 0.0, "ahead/followed": 0.0, "ahead/learning_rate": 1e-3}
@@ -189,22 +189,34 @@ def test_the_slope_is_what_the_advantages_say():
     along = (direction * noise).sum(-1)
     for sign in (1, -1):
         st.advantages.copy_((sign * along).view_as(st.advantages))
-        assert ahead.plan(st)["ahead/slope"] == pytest.approx(sign * along.square().mean().item(), rel=1e-4)
+        assert ahead.plan(st, 3)["ahead/slope"] == pytest.approx(sign * along.square().mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("full", [SLOPE_STEPS, 100])
-def test_a_small_rollout_weighs_in_proportion_in_the_mean_slope(monkeypatch, full):
-    """A slope that a few steps tell is mostly noise; steps that did not take place tell nothing."""
+@pytest.mark.parametrize(
+    ("full", "iteration", "weight"),
+    [
+        (SLOPE_STEPS, 10_000, "in proportion"),  # a slope that a few steps tell is mostly noise
+        (100, 10_000, SLOPE_RATE),
+        (SLOPE_STEPS, 0, SLOPE_RATE),  # at first there is nothing else to go by
+        (SLOPE_STEPS, 3, 1 / 8),
+    ],
+)
+def test_how_much_a_rollout_weighs_in_the_mean_slope(monkeypatch, full, iteration, weight):
+    """Steps that did not take place tell nothing."""
     runner = planned(0.0)
     st, ahead = runner.alg.storage, runner.alg.value_gradient
     monkeypatch.setattr("m3po.algorithms.value_gradient.SLOPE_STEPS", full)
     st.lost[:, :3] = st.any_lost = True
     steps = int((~st.lost).sum())
     assert 100 < steps < st.lost.numel() < SLOPE_STEPS
+    weight = SLOPE_RATE * steps / full if weight == "in proportion" else weight
     ahead.model.slope.fill_(0.5)
-    slope = ahead.plan(st)["ahead/slope"]
-    weight = SLOPE_RATE * min(1.0, steps / full)
+    slope = ahead.plan(st, iteration)["ahead/slope"]
     assert ahead.model.slope.item() == pytest.approx(0.5 + weight * (slope - 0.5), rel=1e-5)
+    st.lost[:] = True
+    before = ahead.model.slope.clone()
+    ahead.plan(st, iteration)
+    assert torch.equal(ahead.model.slope, before)
 
 
 def test_real_advantages_rise_along_the_gradient():
@@ -244,7 +256,7 @@ def test_lost_steps_teach_nothing_whatever_they_show():
         st.repair_lost()
         alg.ring.add(st)
         alg.value_gradient.model.slope.fill_(1.0)
-        alg.value_gradient.plan(st)
+        alg.value_gradient.plan(st, 3)
         alg.value_gradient.improve(st, alg.ring.generator)
         alg.value_gradient.train(alg.ring, st, 5)
         runs.append([p.clone() for n in (alg.actor, alg.value_gradient.model) for p in n.parameters()])
@@ -259,7 +271,7 @@ def test_several_tasks_have_their_own_slopes_and_keep_their_dimensions():
     alg = runner.alg
     assert alg.value_gradient.model.slope.shape == (2,)
     alg.value_gradient.model.slope.copy_(torch.tensor([1.0, -1.0]))
-    alg.value_gradient.plan(alg.storage)
+    alg.value_gradient.plan(alg.storage, 3)
     near = alg.storage.task.flatten() == 0
     shift = alg.value_gradient._shift
     assert shift[near, :2].abs().max() > 0

@@ -176,7 +176,7 @@ class M3PO:
         ahead = self.value_gradient
         with self.stopwatch.section("update_policy"):
             if ahead is not None:
-                metrics |= ahead.plan(self.storage)
+                metrics |= ahead.plan(self.storage, self.iteration)
                 self.policy_learner.leave(ahead.expected_kl)
             losses |= self.policy_learner.train(self.storage)
             if ahead is not None:

@@ -36,8 +36,9 @@ RATES = (1e-5, 1e-2)
 
 SLOPE_RATE = 0.2
 SLOPE_STEPS = 4096
-"""Weight in the running mean of the slope of a rollout of so many steps, which tells it to about 0.016. A smaller one
-weighs in proportion: 512 steps of DMControl tell it to 0.05 to 0.2, where 0.06 is the whole trust region's worth."""
+"""Weight in the running mean of the slope of a rollout of so many steps, which tells it to about 0.016. Smaller ones
+weigh in proportion: 512 steps of DMControl tell it to 0.05 to 0.2, where 0.06 is the whole trust region's worth. Until
+there are enough of them, all rollouts so far weigh the same, with four more of slope 0."""
 
 
 class ValueGradient:
@@ -77,11 +78,15 @@ class ValueGradient:
         self.expected_kl = 0.0
         """KL by which the plans of the newest rollout are expected to move the policy, nats."""
 
-    def plan(self, rollout: RolloutStorage) -> dict[str, float]:
+    def plan(self, rollout: RolloutStorage, iteration: int) -> dict[str, float]:
         """Plan at the observations of a finished rollout, which neither model nor policy has been trained on yet.
 
         So the rollout also tells what the gradient is worth: its actions happened to lie more or less along it, and
         their advantages are known. The plans go as far as the mean of this over recent rollouts warrants.
+
+        Args:
+            rollout: The finished rollout.
+            iteration: Training iteration, from 0.
 
         Returns:
             ``skill``: one minus the error of the predicted observation over that of "no change"; ``reward_ev``:
@@ -97,8 +102,8 @@ class ValueGradient:
         noise = ((st.actions - st.mean) / st.std).flatten(0, 1)
         slope = mean_per_task((direction * noise).sum(-1) * st.advantages.flatten(), kept, task, count)
         steps = distributed.total(torch.zeros_like(slope).index_add(0, task, kept.to(slope.dtype)))
-        weight = SLOPE_RATE * (steps / SLOPE_STEPS).clamp_max(1.0)
-        self.model.slope.lerp_(slope.nan_to_num(0.0, 0.0, 0.0), weight)
+        weight = (SLOPE_RATE * steps / SLOPE_STEPS).clamp(1.0 / (1.0 / SLOPE_RATE + iteration), SLOPE_RATE)
+        self.model.slope.lerp_(slope.nan_to_num(0.0, 0.0, 0.0), weight * (steps > 0))
         radius = (2.0 * self.cfg.max_kl) ** 0.5 * (self.model.slope / self.cfg.full_slope).clamp(0.0, 1.0)
         largest = LARGEST_SHIFT / direction.norm(dim=-1, keepdim=True).clamp_min(LARGEST_SHIFT)
         self._shift = direction * largest * radius[task].unsqueeze(-1)
