@@ -76,6 +76,9 @@ class Arm:
     agent: str = "m3po_cfg_entry_point"
     """``--agent``."""
 
+    longer: int = 1
+    """How many times as many environment steps as the experiment says."""
+
 
 _A = "agent.algorithm."
 _NO_AHEAD = (f"{_A}value_gradient.steps_per_iteration=0",)
@@ -93,6 +96,7 @@ _PLANNING = (
 ARMS = {
     "m3po": Arm("m3po"),
     "ppo": Arm("ppo"),
+    "ppo-long": Arm("ppo", longer=5),  # on single tasks, about as many seconds as the default takes
     "m3po-paper": Arm("m3po", agent="m3po_paper_cfg_entry_point"),
     # of single tasks: the default without the value gradient, and the default before that, which looked ahead with the
     # planner and can have the exploration bonus, because it has a latent model
@@ -112,7 +116,7 @@ def rollouts(experiment: Experiment, arm: str) -> int:
     for override in settings.overrides:
         if override.startswith("agent.num_steps_per_env="):
             length = int(override.partition("=")[2])
-    return experiment.steps // length
+    return settings.longer * experiment.steps // length
 
 
 def folder(experiment: Experiment, arm: str, seed: int) -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 ARM_COLOURS = {
     "m3po": "#c2410c",
     "ppo": "#1d4ed8",
+    "ppo-long": "#60a5fa",
     "m3po-no-value-gradient": "#f59e0b",
     "m3po-1": "#78716c",
     "m3po-1-bonus": "#be185d",
@@ -95,7 +96,8 @@ def write_report(data: Path, reference: Path | None = None) -> str:
                 text += f"{mean['training']:>10.3g}{mean['prior']:>8.3g}{mean['planner']:>9.3g}{mean['seconds']:>9.0f}"
                 lines.append(text + "".join(f"{seed:>5}: {f['prior']:.3g}" for seed, f in figures.items()))
         if good:
-            single = [] if len(good[0]["tasks"]) == 1 else [run for run in runs if len(run["tasks"]) == 1]
+            several = len(good[0]["tasks"]) > 1
+            single = [run for run in runs if several and not run.get("crashed") and len(run["tasks"]) == 1]
             _plot(experiment, good, single, published, data / f"{experiment}.png")
     (data / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return "\n".join(lines)
@@ -136,22 +138,25 @@ def _plot(
 ) -> None:
     """One panel per task: training curves against environment steps; thin lines are seeds, thick ones their mean.
 
-    Of a run of several tasks, the agents of ``single`` are drawn beside it, which were trained on the task alone.
+    Of a run of several tasks, the agents of ``single`` are drawn beside it, which were trained on the task alone. A run
+    of one task has a second panel, against seconds; the first one ends where M3PO's default does.
     """
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(task for run in runs for task in run["tasks"]))
-    columns = len(tasks) if len(tasks) < 4 else 3 if len(tasks) < 7 else 5
-    figure = Figure(figsize=(1 + 3.6 * columns, 3.4 * -(-len(tasks) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(tasks) // columns), columns, squeeze=False).flatten()
+    panels = max(2, len(tasks))
+    columns = panels if panels < 4 else 3 if panels < 7 else 5
+    figure = Figure(figsize=(1 + 3.6 * columns, 3.4 * -(-panels // columns)), layout="constrained")
+    axes = figure.subplots(-(-panels // columns), columns, squeeze=False).flatten()
     scale = 1 if tasks[0].startswith("Isaac") else FRAMES_PER_STEP
     for axis, task in zip(axes, tasks, strict=False):
-        end = 0.0
+        end, limit = 0.0, np.inf
         for arm, colour in ARM_COLOURS.items():
             of_task = [run for run in runs if run["arm"] == arm]
-            end = max(end, _draw(axis, task, of_task, scale, colour, "-", arm))
+            end = max(end, _draw(axis, task, of_task, scale, colour, "-", arm, limit))
+            limit = end if arm == "m3po" and of_task else limit
         for arm, colour in ARM_COLOURS.items():
-            alone = [run for run in single if run["arm"] == arm and run["tasks"] == [task] and not run.get("crashed")]
+            alone = [run for run in single if run["arm"] == arm and run["tasks"] == [task]]
             _draw(axis, task, alone, scale, colour, ":", f"{arm}, this task alone", end)
         for method, colour in PEER_COLOURS.items():
             if (task, method) in published:
@@ -160,7 +165,11 @@ def _plot(
                 axis.plot(curve["steps"][shown], curve["value"][shown], "o--", color=colour, ms=3, label=method)
         axis.set(title=task, xlabel="environment steps" if scale == 1 else "frames")
         axis.legend(fontsize=6)
-    for axis in axes[len(tasks) :]:
+    if len(tasks) == 1:
+        for arm, colour in ARM_COLOURS.items():
+            _draw(axes[1], tasks[0], [run for run in runs if run["arm"] == arm], 1, colour, "-", arm, column="seconds")
+        axes[1].set(title=tasks[0], xlabel="seconds, as busy as the machine was")
+    for axis in axes[panels:]:
         axis.remove()
     if len(tasks) > 1:
         figure.suptitle(experiment)
@@ -176,17 +185,18 @@ def _draw(
     style: str,
     label: str,
     limit: float = np.inf,
+    column: str = "steps",
 ) -> float:
-    """Curves of a task and their mean, up to ``limit`` on the axis. Returns where the mean ends."""
+    """Curves of a task against ``column``, and their mean, up to ``limit``. Returns where the mean ends."""
     curves = [training_curves(run)[task] for run in runs]
-    curves = [curve for curve in curves if len(curve["steps"])]
+    curves = [curve for curve in curves if len(curve[column])]
     if not curves:
         return 0.0
-    grid = np.linspace(max(c["steps"][0] for c in curves), min(c["steps"][-1] for c in curves), 400)
+    grid = np.linspace(max(c[column][0] for c in curves), min(c[column][-1] for c in curves), 400)
     grid = grid[scale * grid <= 1.02 * limit]
     for curve in curves:
-        shown = scale * curve["steps"] <= 1.02 * limit
-        axis.plot(scale * curve["steps"][shown], curve["value"][shown], style, color=colour, alpha=0.3, lw=0.8)
-    mean = np.mean([np.interp(grid, c["steps"], c["value"]) for c in curves], axis=0)
+        shown = scale * curve[column] <= 1.02 * limit
+        axis.plot(scale * curve[column][shown], curve["value"][shown], style, color=colour, alpha=0.3, lw=0.8)
+    mean = np.mean([np.interp(grid, c[column], c["value"]) for c in curves], axis=0)
     axis.plot(scale * grid, mean, style, color=colour, lw=2, label=f"{label} ({len(curves)} seeds)")
     return scale * grid[-1]

@@ -1,0 +1,95 @@
+"""The suites' benchmark: finished runs are not repeated, crashes are reported, figures are those of the curves."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import benchmark_suites
+from benchmark_suites import ARMS, GROUPS, Experiment, rollouts, run
+from benchmark_suites_report import ARM_COLOURS, write_report
+
+pytestmark = pytest.mark.unit
+
+WALK = Experiment("walker-walk", 4, 80)
+BOTH = Experiment("cup-catch,walker-walk", 8, 80)
+CRASHES = 13
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Replace trainings by processes that write what those would have written; one seed crashes."""
+    calls = []
+
+    def table(path, header, *rows):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows((header, *rows))
+
+    def fake(arguments):
+        calls.append(arguments)
+        if str(CRASHES) in arguments:
+            return subprocess.CompletedProcess(arguments, 1, "something broke")
+        folder = Path(arguments[arguments.index("--log_root") + 1]) / "run"
+        folder.mkdir(parents=True)
+        tasks = arguments[arguments.index("--task") + 1].split(",")
+        of_tasks = {"task": tasks[0]} if len(tasks) == 1 else {"tasks": tasks}
+        manifest = {"num_envs": 4, "device": "cpu", "versions": {}, "git": {}, "environment": "secret"}
+        (folder / "run.json").write_text(json.dumps(manifest | of_tasks))
+        table(folder / "progress.csv", ("env_steps", "seconds", "mean_return"), (32, 1, ""), (64, 2, 10), (320, 9, 30))
+        if len(tasks) == 1:
+            table(folder / "evaluations.csv", ("policy", "return_mean"), ("prior", 1), ("prior", 40), ("planner", 50))
+        else:
+            rows = [(32 * k, k, task, 5 * k, 0.1 * k) for k in (1, 2) for task in tasks]
+            table(folder / "tasks.csv", ("env_steps", "seconds", "task", "return", "success"), *rows)
+            rows = [(task, "prior", 7, 0.25) for task in tasks]
+            table(folder / "task_evaluations.csv", ("task", "policy", "return_mean", "success_rate"), *rows)
+        return subprocess.CompletedProcess(arguments, 0, "")
+
+    monkeypatch.setattr(benchmark_suites, "run_python", fake)
+    monkeypatch.setattr(benchmark_suites, "DATA", tmp_path)
+    return calls
+
+
+def test_runs_are_stored_once_and_crashes_reported(calls, tmp_path):
+    for _ in range(2):
+        for seed in (11, 12, CRASHES):
+            run(WALK, "m3po", seed)
+        run(WALK, "ppo-long", 11)
+        run(BOTH, "ppo", 11)
+    assert len(calls) == 5
+    crashed = json.loads((tmp_path / "walker-walk" / "m3po" / f"seed{CRASHES}" / "run.json").read_text())
+    assert crashed["crashed"]
+    assert "something broke" in crashed["output"]
+    assert "secret" not in (tmp_path / "walker-walk" / "m3po" / "seed11" / "run.json").read_text()
+
+    report = write_report(tmp_path)
+    assert f"m3po seed {CRASHES} CRASHED" in report
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    figures = {"training": 30.0, "prior": 40.0, "planner": 50.0, "seconds": 9.0}
+    assert summary["walker-walk"]["walker-walk"] == {
+        "m3po": {"11": figures, "12": figures},
+        "ppo-long": {"11": figures},
+    }
+    together = {"training": 0.2, "prior": 0.25, "planner": None, "seconds": 9.0}  # success, where a task has it
+    assert summary["DMC-MT2"] == {task: {"ppo": {"11": together}} for task in ("cup-catch", "walker-walk")}
+    for name in ("walker-walk", "DMC-MT2"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_arms_fill_the_budget_of_an_experiment(calls):
+    """However long their rollouts are; ``ppo-long`` has five times as much of it."""
+    assert set(ARMS) == set(ARM_COLOURS)
+    for experiment in (e for group in GROUPS.values() for e in group):
+        for name, arm in ARMS.items():
+            share = rollouts(experiment, name) / experiment.steps * (5 if name != "ppo-long" else 1)
+            assert share in (5 / 8, 5 / 16), (experiment, name)
+            calls.clear()
+            run(experiment, name, 11)
+            (command,) = calls
+            assert command[command.index("--algo") + 1] == arm.algo
+            assert command[command.index("--num_envs") + 1] == str(experiment.num_envs)
+            assert all(override in command for override in arm.overrides)
