@@ -75,6 +75,7 @@ _NO_REPLAY = (f"{_A}critic_replay.steps_per_iteration=0", f"{_A}value_loss_coef=
 _AHEAD = (
     f"{_A}value_gradient.steps_per_iteration=60",
     f"{_A}value_gradient.extra_steps=200",
+    f"{_A}value_gradient.policy_schedule=fixed",
     f"{_A}std_learning_rate=0.002",
     f"{_A}critic_replay.steps_per_iteration=64",
 )
@@ -142,6 +143,9 @@ ARMS = {
     # one thing taken away or added
     "m3po-value-gradient": Arm("m3po", by_task={_SMALL: (*_PLANNER_SMALL, *_AHEAD)}),
     "m3po-no-value-gradient": Arm("m3po", by_task={"Isaac-Ant-v0": _NO_AHEAD, "Isaac-Humanoid-v0": _NO_AHEAD}),
+    "m3po-adaptive-regression": Arm(
+        "m3po", by_task={"Isaac-Ant-v0": (f"{_A}value_gradient.policy_schedule=adaptive",)}
+    ),
     "m3po-no-critic-replay": Arm("m3po", _NO_REPLAY),
     "m3po-no-std-rate": Arm("m3po", by_task={"Isaac-Ant-v0": _NO_RATE, "Isaac-Humanoid-v0": _NO_RATE}),
     "m3po-horizon-1": Arm("m3po", by_task={"Isaac-Ant-v0": _ONE_STEP, "Isaac-Humanoid-v0": _ONE_STEP}),

@@ -115,7 +115,7 @@ def test_agent_combines_the_tasks_configuration_with_the_preset(facts):
     assert (ant["num_steps_per_env"], ant["max_iterations"], ant["device"]) == (8, 256, "cpu")
     assert (ant["algorithm"]["desired_kl"], ant["algorithm"]["value_loss_coef"]) == (0.06, 0.0)
     assert ant["algorithm"]["critic_replay"]["steps_per_iteration"] == 64
-    ahead = {"steps_per_iteration": 60, "extra_steps": 200}
+    ahead = {"steps_per_iteration": 60, "extra_steps": 200, "policy_schedule": "fixed"}
     assert ant["algorithm"]["value_gradient"] == preset["value_gradient"] | ahead
     assert ant["algorithm"]["std_learning_rate"] == 0.002
     assert ant["algorithm"]["policy_average_decay"] == 0.0

@@ -165,6 +165,15 @@ def test_the_regressions_rate_follows_how_far_the_policy_moves(size, rate):
         assert last > 50 * rate
 
 
+def test_a_fixed_rate_stays_whatever_the_policy_does():
+    alg = planned(1e3, policy_schedule="fixed", policy_learning_rate=1e-4).alg
+    ahead, rates = alg.value_gradient, []
+    for size in (0.3, 0.001):
+        ahead._shift = size * torch.randn(ahead._shift.shape, generator=torch.Generator().manual_seed(0))
+        rates.append(ahead.improve(alg.storage, torch.Generator().manual_seed(0))["ahead/learning_rate"])
+    assert rates == [1e-4, 1e-4]
+
+
 @pytest.mark.parametrize("slope", [-1e3, 0.0])
 def test_a_gradient_that_is_worth_nothing_moves_nothing(slope):
     runner = planned(slope) if slope else runner_of()
@@ -341,6 +350,7 @@ def test_a_critic_that_reads_pictures_is_refused(monkeypatch):
         ({"value_gradient": {"steps_per_iteration": -1}}, "value_gradient.steps_per_iteration must not be negative"),
         ({"value_gradient": {"max_kl": -0.1}}, "value_gradient.max_kl must not be negative"),
         ({"value_gradient": {"full_slope": 0.0}}, "value_gradient.full_slope must be positive, got 0.0"),
+        ({"value_gradient": {"policy_schedule": "slow"}}, "policy_schedule must be one of adaptive, fixed, got 'slow'"),
         ({"bonus": {"alpha": 0.3}, **UNTRAINED}, "bonus.alpha is 0.3, but the latent model"),
         ({"planner": {"share": 0.5}, **UNTRAINED}, "planner.share is 0.5, but the latent model"),
         (

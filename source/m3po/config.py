@@ -252,6 +252,9 @@ class ValueGradientCfg:
     policy_learning_rate: float = 1e-3
     """Adam's step size of that regression."""
 
+    policy_schedule: str = "adaptive"
+    """``adaptive``: that step size follows the plans' length and how far the policy moved; ``fixed``: it stays."""
+
 
 @dataclass
 class AlgorithmCfg:

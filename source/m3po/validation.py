@@ -46,6 +46,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("ratio", cfg.ratio, ("decoupled", "prior")),
         ("advantage", cfg.advantage, ("gae", "vtrace")),
         ("schedule", cfg.schedule, ("adaptive", "fixed")),
+        ("value_gradient.policy_schedule", ahead.policy_schedule, ("adaptive", "fixed")),
     )
     for name, value, allowed in choices:
         require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got '{value}'.")

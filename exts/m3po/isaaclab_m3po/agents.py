@@ -201,6 +201,8 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
         else:
             budget = {"steps": 60, "extra_steps": 200, "batch_size": 512, "critic_batch_size": 1024}
             look_ahead_while_learning(cfg.algorithm, **budget, std_learning_rate=2e-3)
+            # On Ant an adaptive one moves the policy too little in the second half of the training.
+            cfg.algorithm.value_gradient.policy_schedule = "fixed"
         distribution = getattr(cfg.actor, "distribution_cfg", None)
         if hasattr(distribution, "init_std"):
             distribution.init_std = first_noise(task_cfg)

@@ -29,7 +29,7 @@ LARGEST_SHIFT = 4.0
 
 FOLLOWED = 0.5
 """KL that the policy is to move by, as a share of the plans': a network cannot follow all of them at once, and what it
-moves beyond that is noise. The regression's step size is adapted to it."""
+moves beyond that is noise. The regression's step size may be adapted to it."""
 
 RATES = (1e-5, 1e-2)
 """Bounds of that step size."""
@@ -208,8 +208,8 @@ class ValueGradient:
     def improve(self, rollout: RolloutStorage, generator: torch.Generator) -> dict[str, float]:
         """Regress the policy's mean onto the plans of :meth:`plan`, from where it is now.
 
-        Adam's steps are as long as its rate, however short the plans: the rate is proportional to their length, and
-        follows how far the policy moved.
+        Adam's steps are as long as its rate, however short the plans: unless it is fixed, the rate is proportional to
+        their length, and follows how far the policy moved.
 
         Args:
             rollout: The rollout that was planned for.
@@ -227,9 +227,10 @@ class ValueGradient:
         with torch.no_grad():
             mean, std = (x.clone() for x in self.policy(obs))
         target = mean + std * shift
-        length = distributed.mean((shift.square().sum(-1) * weight).mean(), weight=len(weight)) / size
-        rate = group["lr"]
-        group["lr"] = rate * min(1.0, (length / (2.0 * self.cfg.max_kl)).sqrt().item())
+        rate, adaptive = group["lr"], self.cfg.policy_schedule == "adaptive"
+        if adaptive:
+            length = distributed.mean((shift.square().sum(-1) * weight).mean(), weight=len(weight)) / size
+            group["lr"] = rate * min(1.0, (length / (2.0 * self.cfg.max_kl)).sqrt().item())
         self.guards[1].begin()
         for _ in range(self.cfg.num_epochs):
             order = torch.randperm(len(weight), generator=generator, device=weight.device)
@@ -245,7 +246,8 @@ class ValueGradient:
             sums = torch.stack([((x * y).sum(-1) * weight).mean() for x, y in pairs])
             moves, shifts, both = distributed.mean(sums, weight=len(weight))
         followed = both / (moves * shifts).sqrt().clamp_min(1e-12)
-        group["lr"] = _adapted(rate, (moves / shifts.clamp_min(1e-12)).item())
+        if adaptive:
+            group["lr"] = _adapted(rate, (moves / shifts.clamp_min(1e-12)).item())
         metrics = {"kl": (0.5 * moves / size).item(), "followed": followed.item(), "learning_rate": group["lr"]}
         return {f"ahead/{name}": value for name, value in metrics.items()}
 
