@@ -200,6 +200,7 @@ def test_a_single_task_looks_ahead_while_learning_and_a_set_while_acting():
     replay = [cfg["critic_replay"]["steps_per_iteration"] for cfg in (alone, several, core, paper)]
     assert (replay, alone["value_loss_coef"], core["value_loss_coef"]) == ([64, 0, 0, 0], 0.0, 1.0)
     assert [cfg["policy_average_decay"] for cfg in (alone, several, core, paper)] == [0.95, 0.0, 0.0, 0.0]
+    assert alone["value_gradient"]["stored_rollouts"] == 3
 
 
 def test_each_isaac_task_of_a_set_begins_with_the_noise_that_it_has_alone():

@@ -99,7 +99,7 @@ def test_the_gradient_reaches_no_network():
     alg = runner.alg
     for p in (*alg.actor.parameters(), *alg.critic.parameters(), *alg.value_gradient.model.parameters()):
         p.grad = None
-    alg.value_gradient.plan(alg.storage, 3)
+    alg.value_gradient.plan(alg.ring, alg.storage, 3)
     networks = (alg.actor, alg.critic, alg.value_gradient.model)
     assert all(p.grad is None for network in networks for p in network.parameters())
 
@@ -114,7 +114,7 @@ def planned(slope: float, **settings) -> M3PORunner:
     runner.learn(3)
     collect(runner)
     runner.alg.value_gradient.model.slope.fill_(slope)
-    runner.alg.value_gradient.plan(runner.alg.storage, 3)
+    runner.alg.value_gradient.plan(runner.alg.ring, runner.alg.storage, 3)
     return runner
 
 
@@ -133,13 +133,36 @@ def test_plans_go_as_far_as_the_gradient_has_been_worth():
     assert reach(0.5) == pytest.approx(0.5 * reach(1e3), rel=0.3)  # the newest rollout has its say
 
 
+def test_plans_at_stored_observations_are_added_to_those_of_the_rollout():
+    runner = planned(1e3)
+    alg, ahead = runner.alg, runner.alg.value_gradient
+    shift, weight, own = ahead._shift, ahead._weight, ahead._weight.numel()
+    ahead.cfg.stored_rollouts, ahead.stored_steps = 2, alg.storage.num_steps + 3
+    ahead.model.slope.fill_(1e3)
+    ahead.plan(alg.ring, alg.storage, 3)
+    assert len(ahead._obs) == len(ahead._shift) == len(ahead._weight) == 3 * own
+    # Neither the size nor the worth of the rollout's own depends on the others.
+    assert torch.allclose(ahead._shift[:own], shift, rtol=1e-4, atol=1e-6)
+    assert torch.equal(ahead._weight[:own], weight)
+    lengths = ahead._shift[own:].norm(dim=-1)
+    assert 0 < lengths.min() < lengths.max() <= LARGEST_SHIFT * (2 * ahead.cfg.max_kl) ** 0.5 + 1e-4
+
+    def rows(obs):
+        return set(map(tuple, obs["policy"].reshape(-1, 4).tolist()))
+
+    drawn = rows(ahead._obs[own:])
+    assert drawn <= rows(alg.ring.latest(ahead.stored_steps)["obs"])
+    assert not drawn <= rows(alg.ring.latest(alg.storage.num_steps)["obs"])
+    assert alg.value_gradient.improve(torch.Generator().manual_seed(0))["ahead/followed"] > 0.3
+
+
 def test_the_regression_follows_the_plans_and_moves_nothing_else():
     runner = planned(1e3)
     alg = runner.alg
     obs, critic = alg.storage.obs.flatten(0, 1), [p.clone() for p in alg.critic.parameters()]
     std, before = alg.actor.distribution.std_param.clone(), alg.actor(obs).detach()
     model = [p.clone() for p in alg.value_gradient.model.parameters()]
-    metrics = alg.value_gradient.improve(alg.storage, torch.Generator().manual_seed(0))
+    metrics = alg.value_gradient.improve(torch.Generator().manual_seed(0))
     moved = (alg.actor(obs).detach() - before) / std
     assert metrics["ahead/followed"] > 0.3
     assert metrics["ahead/kl"] == pytest.approx(0.5 * moved.square().sum(-1).mean().item(), rel=1e-3)
@@ -152,9 +175,9 @@ def test_the_regression_follows_the_plans_and_moves_nothing_else():
 def test_the_regressions_rate_follows_how_far_the_policy_moves(size, rate):
     """Of plans that no network can follow, a rate that is too high makes far more movement than was planned."""
     alg = planned(1e3, policy_learning_rate=rate).alg
-    st, ahead = alg.storage, alg.value_gradient
+    ahead = alg.value_gradient
     ahead._shift = size * torch.randn(ahead._shift.shape, generator=torch.Generator().manual_seed(0))
-    metrics = [ahead.improve(st, torch.Generator().manual_seed(k)) for k in range(20)]
+    metrics = [ahead.improve(torch.Generator().manual_seed(k)) for k in range(20)]
     share = torch.tensor([m["ahead/kl"] for m in metrics]) / (0.5 * ahead._shift.square().sum(-1).mean())
     last = metrics[-1]["ahead/learning_rate"]
     if rate == 1.0:
@@ -170,7 +193,7 @@ def test_a_fixed_rate_stays_whatever_the_policy_does():
     ahead, rates = alg.value_gradient, []
     for size in (0.3, 0.001):
         ahead._shift = size * torch.randn(ahead._shift.shape, generator=torch.Generator().manual_seed(0))
-        rates.append(ahead.improve(alg.storage, torch.Generator().manual_seed(0))["ahead/learning_rate"])
+        rates.append(ahead.improve(torch.Generator().manual_seed(0))["ahead/learning_rate"])
     assert rates == [1e-4, 1e-4]
 
 
@@ -180,9 +203,9 @@ def test_a_gradient_that_is_worth_nothing_moves_nothing(slope):
     alg = runner.alg
     if not slope:  # an untrained model, whose gradient is 0
         collect(runner)
-        alg.value_gradient.plan(alg.storage, 3)
+        alg.value_gradient.plan(alg.ring, alg.storage, 3)
     before = [p.clone() for p in alg.actor.parameters()]
-    metrics = alg.value_gradient.improve(alg.storage, torch.Generator().manual_seed(0))
+    metrics = alg.value_gradient.improve(torch.Generator().manual_seed(0))
     assert metrics == {"ahead/kl": 0.0, "ahead/followed": 0.0, "ahead/learning_rate": 1e-3}
     assert all(map(torch.equal, before, alg.actor.parameters()))
     assert alg.value_gradient.expected_kl == 0.0
@@ -198,7 +221,8 @@ def test_the_slope_is_what_the_advantages_say():
     along = (direction * noise).sum(-1)
     for sign in (1, -1):
         st.advantages.copy_((sign * along).view_as(st.advantages))
-        assert ahead.plan(st, 3)["ahead/slope"] == pytest.approx(sign * along.square().mean().item(), rel=1e-4)
+        slope = ahead.plan(runner.alg.ring, st, 3)["ahead/slope"]
+        assert slope == pytest.approx(sign * along.square().mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +244,11 @@ def test_how_much_a_rollout_weighs_in_the_mean_slope(monkeypatch, full, iteratio
     assert 100 < steps < st.lost.numel() < SLOPE_STEPS
     weight = SLOPE_RATE * steps / full if weight == "in proportion" else weight
     ahead.model.slope.fill_(0.5)
-    slope = ahead.plan(st, iteration)["ahead/slope"]
+    slope = ahead.plan(runner.alg.ring, st, iteration)["ahead/slope"]
     assert ahead.model.slope.item() == pytest.approx(0.5 + weight * (slope - 0.5), rel=1e-5)
     st.lost[:] = True
     before = ahead.model.slope.clone()
-    ahead.plan(st, iteration)
+    ahead.plan(runner.alg.ring, st, iteration)
     assert torch.equal(ahead.model.slope, before)
 
 
@@ -251,11 +275,12 @@ def test_it_leaves_room_in_the_trust_region_of_ppo():
         assert learner.desired_kl == pytest.approx(left)
 
 
-def test_lost_steps_teach_nothing_whatever_they_show():
+@pytest.mark.parametrize("stored", [0, 2])
+def test_lost_steps_teach_nothing_whatever_they_show(stored):
     runs = []
     for poison in (0.0, 50.0):
         torch.manual_seed(0)
-        runner = runner_of()
+        runner = runner_of(value_gradient=AHEAD | {"stored_rollouts": stored})
         runner.learn(2)
         collect(runner)
         st, alg = runner.alg.storage, runner.alg
@@ -265,8 +290,8 @@ def test_lost_steps_teach_nothing_whatever_they_show():
         st.repair_lost()
         alg.ring.add(st)
         alg.value_gradient.model.slope.fill_(1.0)
-        alg.value_gradient.plan(st, 3)
-        alg.value_gradient.improve(st, alg.ring.generator)
+        alg.value_gradient.plan(alg.ring, st, 3)
+        alg.value_gradient.improve(alg.ring.generator)
         alg.value_gradient.train(alg.ring, st, 5)
         runs.append([p.clone() for n in (alg.actor, alg.value_gradient.model) for p in n.parameters()])
     assert all(map(torch.equal, *runs))
@@ -280,7 +305,7 @@ def test_several_tasks_have_their_own_slopes_and_keep_their_dimensions():
     alg = runner.alg
     assert alg.value_gradient.model.slope.shape == (2,)
     alg.value_gradient.model.slope.copy_(torch.tensor([1.0, -1.0]))
-    alg.value_gradient.plan(alg.storage, 3)
+    alg.value_gradient.plan(alg.ring, alg.storage, 3)
     near = alg.storage.task.flatten() == 0
     shift = alg.value_gradient._shift
     assert shift[near, :2].abs().max() > 0
@@ -348,6 +373,7 @@ def test_a_critic_that_reads_pictures_is_refused(monkeypatch):
         ({"value_gradient": {"width": 0}}, "value_gradient.width must be at least 1"),
         ({"value_gradient": {"num_epochs": 0}}, "value_gradient.num_epochs must be at least 1"),
         ({"value_gradient": {"steps_per_iteration": -1}}, "value_gradient.steps_per_iteration must not be negative"),
+        ({"value_gradient": {"stored_rollouts": -1}}, "value_gradient.stored_rollouts must not be negative, got -1"),
         ({"value_gradient": {"max_kl": -0.1}}, "value_gradient.max_kl must not be negative"),
         ({"value_gradient": {"full_slope": 0.0}}, "value_gradient.full_slope must be positive, got 0.0"),
         ({"value_gradient": {"policy_schedule": "slow"}}, "policy_schedule must be one of adaptive, fixed, got 'slow'"),

@@ -239,6 +239,10 @@ class ValueGradientCfg:
     horizon: int = 3
     """Most imagined steps H before the critic's value; the mean over 1 to H is taken."""
 
+    stored_rollouts: int = 0
+    """The policy is also planned for at this many times as many observations as a rollout holds, drawn from the newest
+    ``critic_replay.horizon`` steps."""
+
     max_kl: float = 0.06
     """Trust region: largest mean KL between policy and plans, nats."""
 

@@ -175,6 +175,7 @@ def suite_runner_cfg(multi_task: bool, device: str, mode: str, algo: str) -> dic
         budget = {"steps": 40, "extra_steps": 100, "batch_size": 256, "critic_batch_size": 256}
         look_ahead_while_learning(algorithm, **budget, std_learning_rate=1e-3)
         # A rollout of few environments shows little of an episode; what it does not show is forgotten for a while.
+        algorithm.value_gradient.stored_rollouts = 3
         algorithm.policy_average_decay = 0.95
     if multi_task:
         algorithm.world_model.task_embedding_dim = 96 if not device.startswith("cpu") else 16

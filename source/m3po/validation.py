@@ -83,6 +83,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("critic_replay.learning_rate", replay.learning_rate),
         ("value_gradient.steps_per_iteration", ahead.steps_per_iteration),
         ("value_gradient.extra_steps", ahead.extra_steps),
+        ("value_gradient.stored_rollouts", ahead.stored_rollouts),
         ("value_gradient.learning_rate", ahead.learning_rate),
         ("value_gradient.max_kl", ahead.max_kl),
         ("value_gradient.policy_learning_rate", ahead.policy_learning_rate),

@@ -176,11 +176,11 @@ class M3PO:
         ahead = self.value_gradient
         with self.stopwatch.section("update_policy"):
             if ahead is not None:
-                metrics |= ahead.plan(self.storage, self.iteration)
+                metrics |= ahead.plan(self.ring, self.storage, self.iteration)
                 self.policy_learner.leave(ahead.expected_kl)
             losses |= self.policy_learner.train(self.storage)
             if ahead is not None:
-                metrics |= ahead.improve(self.storage, self.ring.generator)
+                metrics |= ahead.improve(self.ring.generator)
         if ahead is not None:
             with self.stopwatch.section("update_model"):
                 losses |= ahead.train(self.ring, self.storage, self.iteration)

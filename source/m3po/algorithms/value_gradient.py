@@ -68,6 +68,7 @@ class ValueGradient:
         """
         self.actor, self.policy, self.model, self.group_dims = actor, policy, model, group_dims
         self.estimator, self.tasks, self.cfg = estimator, tasks, cfg.value_gradient
+        self.stored_steps = cfg.critic_replay.horizon
         self.num_mini_batches, self.max_grad_norm = cfg.num_mini_batches, cfg.max_grad_norm
         self.optimizer = torch.optim.Adam(model.parameters(), lr=self.cfg.learning_rate, fused=True)
         self.policy_optimizer = torch.optim.Adam(actor.parameters(), lr=self.cfg.policy_learning_rate, fused=True)
@@ -78,13 +79,15 @@ class ValueGradient:
         self.expected_kl = 0.0
         """KL by which the plans of the newest rollout are expected to move the policy, nats."""
 
-    def plan(self, rollout: RolloutStorage, iteration: int) -> dict[str, float]:
+    def plan(self, ring: RolloutRing, rollout: RolloutStorage, iteration: int) -> dict[str, float]:
         """Plan at the observations of a finished rollout, which neither model nor policy has been trained on yet.
 
         So the rollout also tells what the gradient is worth: its actions happened to lie more or less along it, and
-        their advantages are known. The plans go as far as the mean of this over recent rollouts warrants.
+        their advantages are known. The plans go as far as the mean of this over recent rollouts warrants. Earlier
+        observations, drawn from the ring, can be planned at as well: a small rollout shows little of an episode.
 
         Args:
+            ring: Recent rollouts, the finished one among them.
             rollout: The finished rollout.
             iteration: Training iteration, from 0.
 
@@ -94,24 +97,38 @@ class ValueGradient:
             deviations, per deviation of the action along the gradient; ``max_kl``: trust region of these plans, nats.
         """
         st, count = rollout, self.tasks.count
-        task, kept = st.task.flatten(), ~st.lost.flatten()
+        own, kept = st.task.flatten(), ~st.lost.flatten()
         skill, reward_ev = self._quality(st, kept)
-        gradient = self.gradient(st.obs.flatten(0, 1), task)
-        size = mean_per_task(gradient.square().sum(-1), kept, task, count).sqrt().clamp_min(1e-12)
+        self._obs, task, planned = self._observations(st, ring)
+        gradient = self.gradient(self._obs, task)
+        size = mean_per_task(gradient[: len(own)].square().sum(-1), kept, own, count).sqrt().clamp_min(1e-12)
         direction = gradient / size[task].unsqueeze(-1)
         noise = ((st.actions - st.mean) / st.std).flatten(0, 1)
-        slope = mean_per_task((direction * noise).sum(-1) * st.advantages.flatten(), kept, task, count)
-        steps = distributed.total(torch.zeros_like(slope).index_add(0, task, kept.to(slope.dtype)))
+        along = (direction[: len(own)] * noise).sum(-1)
+        slope = mean_per_task(along * st.advantages.flatten(), kept, own, count)
+        steps = distributed.total(torch.zeros_like(slope).index_add(0, own, kept.to(slope.dtype)))
         weight = (SLOPE_RATE * steps / SLOPE_STEPS).clamp(1.0 / (1.0 / SLOPE_RATE + iteration), SLOPE_RATE)
         self.model.slope.lerp_(slope.nan_to_num(0.0, 0.0, 0.0), weight * (steps > 0))
         radius = (2.0 * self.cfg.max_kl) ** 0.5 * (self.model.slope / self.cfg.full_slope).clamp(0.0, 1.0)
         largest = LARGEST_SHIFT / direction.norm(dim=-1, keepdim=True).clamp_min(LARGEST_SHIFT)
         self._shift = direction * largest * radius[task].unsqueeze(-1)
-        self._weight = (kept & (radius > 0.0)[task]).float()
+        self._weight = (planned & (radius > 0.0)[task]).float()
         found = {"skill": skill, "reward_ev": reward_ev, "slope": slope, "max_kl": 0.5 * radius.square()}
         metrics = {f"ahead/{name}": value.mean().item() for name, value in found.items()}
         self.expected_kl = FOLLOWED * metrics["ahead/max_kl"]
         return metrics
+
+    def _observations(self, st: RolloutStorage, ring: RolloutRing) -> tuple[TensorDict, torch.Tensor, torch.Tensor]:
+        """Observations to plan at, those of the rollout first, their tasks, and which of their steps took place."""
+        found = st.obs.flatten(0, 1), st.task.flatten(), ~st.lost.flatten()
+        more = self.cfg.stored_rollouts * len(found[1])
+        if more == 0:
+            return found
+        latest = ring.latest(self.stored_steps)
+        rows = torch.randint(latest["lost"].numel(), (more,), generator=ring.generator, device=found[1].device)
+        stored = (latest[name].flatten(0, 1)[rows] for name in ("obs", "task"))
+        stored = (*stored, ~latest["lost"].flatten()[rows])
+        return tuple(torch.cat(pair) for pair in zip(found, stored, strict=True))
 
     @torch.no_grad()
     def _quality(self, st: RolloutStorage, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,21 +222,20 @@ class ValueGradient:
         others = (x.flatten() for x in (st.next_obs_valid, st.rewards, st.terminated, st.task))
         self.model.update_statistics(*(x[kept] for x in (obs, next_obs, *others)))
 
-    def improve(self, rollout: RolloutStorage, generator: torch.Generator) -> dict[str, float]:
+    def improve(self, generator: torch.Generator) -> dict[str, float]:
         """Regress the policy's mean onto the plans of :meth:`plan`, from where it is now.
 
         Adam's steps are as long as its rate, however short the plans: unless it is fixed, the rate is proportional to
         their length, and follows how far the policy moved.
 
         Args:
-            rollout: The rollout that was planned for.
             generator: Draws the order of the mini-batches.
 
         Returns:
             ``kl`` between the policies before and after, nats, ``followed``, the cosine between what was planned and
             what came out, and ``learning_rate``, that of plans which go the whole trust region.
         """
-        obs, shift, weight = rollout.obs.flatten(0, 1), self._shift, self._weight
+        obs, shift, weight = self._obs, self._shift, self._weight
         size = distributed.mean(weight.mean(), weight=len(weight))
         group = self.policy_optimizer.param_groups[0]
         if size == 0:
