@@ -98,9 +98,11 @@ ARMS = {
     "ppo": Arm("ppo"),
     "ppo-long": Arm("ppo", longer=5),  # on single tasks, about as many seconds as the default takes
     "m3po-paper": Arm("m3po", agent="m3po_paper_cfg_entry_point"),
-    # of single tasks: the default without the value gradient, and the default before that, which looked ahead with the
-    # planner and can have the exploration bonus, because it has a latent model
+    # of single tasks: the default without the value gradient, with it at the newest rollout's observations alone, and
+    # the default before it, which looked ahead with the planner and can have the exploration bonus, because it has a
+    # latent model
     "m3po-no-value-gradient": Arm("m3po", _NO_AHEAD),
+    "m3po-newest-states": Arm("m3po", (f"{_A}value_gradient.stored_rollouts=0",)),
     "m3po-1": Arm("m3po", _PLANNING),
     "m3po-1-bonus": Arm("m3po", (*_PLANNING, f"{_A}bonus.alpha=0.3")),
 }

@@ -14,6 +14,7 @@ ARM_COLOURS = {
     "ppo": "#1d4ed8",
     "ppo-long": "#60a5fa",
     "m3po-no-value-gradient": "#f59e0b",
+    "m3po-newest-states": "#fdba74",
     "m3po-1": "#78716c",
     "m3po-1-bonus": "#be185d",
     "m3po-paper": "#0891b2",
