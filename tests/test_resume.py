@@ -45,7 +45,9 @@ CASES = {
     "critic on the ring": (lambda: runner_cfg(planner=OPEN, critic_replay={"steps_per_iteration": 3}), point),
     "value gradient": (
         lambda: runner_cfg(
-            value_gradient={"steps_per_iteration": 5, "width": 16}, std_learning_rate=1e-3, policy_average_decay=0.8
+            value_gradient={"steps_per_iteration": 5, "width": 16, "stored_rollouts": 1},
+            std_learning_rate=1e-3,
+            policy_average_decay=0.8,
         ),
         point,
     ),
