@@ -244,7 +244,7 @@ class ValueGradientCfg:
     ``critic_replay.horizon`` steps."""
 
     max_kl: float = 0.06
-    """Trust region: largest mean KL between policy and plans, nats."""
+    """Trust region: largest mean KL between policy and plans at the observations of the rollout, nats."""
 
     full_slope: float = 0.06
     """The plans go as far as :attr:`max_kl` allows where real advantages rise along them by this much, in deviations of
