@@ -46,6 +46,9 @@ class Experiment:
     eval_envs: int = 20
     """Environments, and episodes, of the noise-free evaluation of each task, over both policies together."""
 
+    name: str = ""
+    """Folder of its runs, where it is not named after the task; those are not drawn beside other experiments."""
+
 
 CLASSIC = ("Isaac-Cartpole-v0", "Isaac-Ant-v0", "Isaac-Humanoid-v0")
 DMC_SINGLE = ("cartpole-swingup", "finger-spin", "walker-stand", "walker-walk", "cheetah-run")
@@ -54,6 +57,8 @@ DMC_MULTI = ("cartpole-swingup", "finger-spin", "walker-stand", "walker-walk", "
 GROUPS = {
     # 0.5M frames each: 64 environments x 3920 steps x action repeat 2
     "dmcontrol": [Experiment(task, 64, 3920) for task in DMC_SINGLE],
+    # 0.2M frames each, where a step of all environments is a quarter of that
+    "dmcontrol-few": [Experiment(task, 16, 6240, name=f"{task}-16-envs") for task in ("walker-walk", "cheetah-run")],
     "dmcontrol-sparse": [Experiment("cartpole-swingup-sparse", 64, 3920)],
     "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 6 * 32, 3920)],
     "classic": [Experiment(task, 256, 1568) for task in CLASSIC],
@@ -123,7 +128,8 @@ def rollouts(experiment: Experiment, arm: str) -> int:
 
 def folder(experiment: Experiment, arm: str, seed: int) -> Path:
     """Where a run is stored."""
-    name = experiment.task if "," not in experiment.task else f"DMC-MT{len(experiment.task.split(','))}"
+    count = len(experiment.task.split(","))
+    name = experiment.name or (experiment.task if count == 1 else f"DMC-MT{count}")
     return DATA / name / arm / f"seed{seed}"
 
 
@@ -143,6 +149,7 @@ def run(experiment: Experiment, arm: str, seed: int) -> None:
         result = run_python([*command, "--log_root", logs])
         manifests = list(Path(logs).rglob("run.json"))
         record = {"command": " ".join(command), "return_code": result.returncode, "arm": arm, "seed": seed}
+        record |= {"name": experiment.name} if experiment.name else {}
         target.mkdir(parents=True, exist_ok=True)
         if result.returncode != 0 or not manifests:
             record |= {"crashed": True, "output": result.stdout[-2000:]}

@@ -98,7 +98,8 @@ def write_report(data: Path, reference: Path | None = None) -> str:
                 lines.append(text + "".join(f"{seed:>5}: {f['prior']:.3g}" for seed, f in figures.items()))
         if good:
             several = len(good[0]["tasks"]) > 1
-            single = [run for run in runs if several and not run.get("crashed") and len(run["tasks"]) == 1]
+            alone = [run for run in runs if not run.get("crashed") and len(run["tasks"]) == 1 and not run.get("name")]
+            single = alone if several else []
             _plot(experiment, good, single, published, data / f"{experiment}.png")
     (data / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return "\n".join(lines)
@@ -164,7 +165,7 @@ def _plot(
                 curve = published[task, method]
                 shown = curve["steps"] <= 1.05 * end
                 axis.plot(curve["steps"][shown], curve["value"][shown], "o--", color=colour, ms=3, label=method)
-        axis.set(title=task, xlabel="environment steps" if scale == 1 else "frames")
+        axis.set(title=task if len(tasks) > 1 else experiment, xlabel="environment steps" if scale == 1 else "frames")
         axis.legend(fontsize=6)
     if len(tasks) == 1:
         for arm, colour in ARM_COLOURS.items():

@@ -16,6 +16,7 @@ from benchmark_suites_report import ARM_COLOURS, write_report
 pytestmark = pytest.mark.unit
 
 WALK = Experiment("walker-walk", 4, 80)
+FEW = Experiment("walker-walk", 2, 160, name="walker-walk-2-envs")
 BOTH = Experiment("cup-catch,walker-walk", 8, 80)
 CRASHES = 13
 
@@ -59,8 +60,9 @@ def test_runs_are_stored_once_and_crashes_reported(calls, tmp_path):
         for seed in (11, 12, CRASHES):
             run(WALK, "m3po", seed)
         run(WALK, "ppo-long", 11)
+        run(FEW, "m3po", 11)
         run(BOTH, "ppo", 11)
-    assert len(calls) == 5
+    assert len(calls) == 6
     crashed = json.loads((tmp_path / "walker-walk" / "m3po" / f"seed{CRASHES}" / "run.json").read_text())
     assert crashed["crashed"]
     assert "something broke" in crashed["output"]
@@ -74,9 +76,10 @@ def test_runs_are_stored_once_and_crashes_reported(calls, tmp_path):
         "m3po": {"11": figures, "12": figures},
         "ppo-long": {"11": figures},
     }
+    assert summary["walker-walk-2-envs"] == {"walker-walk": {"m3po": {"11": figures}}}  # not mixed with the others
     together = {"training": 0.2, "prior": 0.25, "planner": None, "seconds": 9.0}  # success, where a task has it
     assert summary["DMC-MT2"] == {task: {"ppo": {"11": together}} for task in ("cup-catch", "walker-walk")}
-    for name in ("walker-walk", "DMC-MT2"):
+    for name in ("walker-walk", "walker-walk-2-envs", "DMC-MT2"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
