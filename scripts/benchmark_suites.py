@@ -58,7 +58,7 @@ GROUPS = {
     # 0.5M frames each: 64 environments x 3920 steps x action repeat 2
     "dmcontrol": [Experiment(task, 64, 3920) for task in DMC_SINGLE],
     # 0.2M frames each, where a step of all environments is a quarter of that
-    "dmcontrol-few": [Experiment(task, 16, 6240, name=f"{task}-16-envs") for task in ("walker-walk", "cheetah-run")],
+    "dmcontrol-few": [Experiment(task, 16, 6272, name=f"{task}-16-envs") for task in ("walker-walk", "cheetah-run")],
     "dmcontrol-sparse": [Experiment("cartpole-swingup-sparse", 64, 3920)],
     "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 6 * 32, 3920)],
     "classic": [Experiment(task, 256, 1568) for task in CLASSIC],
@@ -101,6 +101,7 @@ _PLANNING = (
 ARMS = {
     "m3po": Arm("m3po"),
     "ppo": Arm("ppo"),
+    "ppo-rollouts-of-64": Arm("ppo", ("agent.num_steps_per_env=64",)),  # 16 environments' are as large as 64's are
     "ppo-long": Arm("ppo", longer=5),  # on single tasks, about as many seconds as the default takes
     "m3po-paper": Arm("m3po", agent="m3po_paper_cfg_entry_point"),
     # of single tasks: the default without the value gradient, with it at the newest rollout's observations alone, and

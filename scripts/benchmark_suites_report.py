@@ -12,6 +12,7 @@ import numpy as np
 ARM_COLOURS = {
     "m3po": "#c2410c",
     "ppo": "#1d4ed8",
+    "ppo-rollouts-of-64": "#1e3a8a",
     "ppo-long": "#60a5fa",
     "m3po-no-value-gradient": "#f59e0b",
     "m3po-newest-states": "#fdba74",

@@ -89,7 +89,10 @@ def test_arms_fill_the_budget_of_an_experiment(calls):
     for experiment in (e for group in GROUPS.values() for e in group):
         for name, arm in ARMS.items():
             share = rollouts(experiment, name) / experiment.steps * (5 if name != "ppo-long" else 1)
-            assert share in (5 / 8, 5 / 16), (experiment, name)
+            if name == "ppo-rollouts-of-64":  # not every budget is a whole number of them
+                assert 5 / 64 - 5 / experiment.steps < share <= 5 / 64, (experiment, name)
+            else:
+                assert share in (5 / 8, 5 / 16), (experiment, name)
             calls.clear()
             run(experiment, name, 11)
             (command,) = calls
