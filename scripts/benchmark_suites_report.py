@@ -80,7 +80,7 @@ def write_report(data: Path, reference: Path | None = None) -> str:
     published = _published(reference)
     summary: dict[str, Any] = {}
     header = (
-        f"{'experiment':30}{'task':20}{'arm':24}{'seeds':>6}{'training':>10}{'prior':>8}{'planner':>9}{'seconds':>9}"
+        f"{'experiment':30}{'task':25}{'arm':24}{'seeds':>6}{'training':>10}{'prior':>8}{'planner':>9}{'seconds':>9}"
     )
     lines = [header + "   seed: prior"]
     for experiment in dict.fromkeys(run["experiment"] for run in runs):
@@ -94,7 +94,7 @@ def write_report(data: Path, reference: Path | None = None) -> str:
                     continue
                 summary.setdefault(experiment, {}).setdefault(task, {})[arm] = figures
                 mean = {k: _mean([f[k] for f in figures.values()]) for k in ("training", "prior", "planner", "seconds")}
-                text = f"{experiment:30}{task:20}{arm:24}{len(figures):>6}"
+                text = f"{experiment:30}{task:25}{arm:24}{len(figures):>6}"
                 text += f"{mean['training']:>10.3g}{mean['prior']:>8.3g}{mean['planner']:>9.3g}{mean['seconds']:>9.0f}"
                 lines.append(text + "".join(f"{seed:>5}: {f['prior']:.3g}" for seed, f in figures.items()))
         if good:
@@ -171,7 +171,7 @@ def _plot(
     if len(tasks) == 1:
         for arm, colour in ARM_COLOURS.items():
             _draw(axes[1], tasks[0], [run for run in runs if run["arm"] == arm], 1, colour, "-", arm, column="seconds")
-        axes[1].set(title=tasks[0], xlabel="seconds, as busy as the machine was")
+        axes[1].set(title=experiment, xlabel="seconds, as busy as the machine was")
     for axis in axes[panels:]:
         axis.remove()
     if len(tasks) > 1:
