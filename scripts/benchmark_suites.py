@@ -57,7 +57,7 @@ DMC_MULTI = ("cartpole-swingup", "finger-spin", "walker-stand", "walker-walk", "
 GROUPS = {
     # 0.5M frames each: 64 environments x 3920 steps x action repeat 2
     "dmcontrol": [Experiment(task, 64, 3920) for task in DMC_SINGLE],
-    # 0.2M frames each, where a step of all environments is a quarter of that
+    # 0.2M frames each: 16 environments x 6272 steps x action repeat 2
     "dmcontrol-few": [Experiment(task, 16, 6272, name=f"{task}-16-envs") for task in ("walker-walk", "cheetah-run")],
     "dmcontrol-sparse": [Experiment("cartpole-swingup-sparse", 64, 3920)],
     "dmcontrol-multi": [Experiment(",".join(DMC_MULTI), 6 * 32, 3920)],
@@ -101,7 +101,7 @@ _PLANNING = (
 ARMS = {
     "m3po": Arm("m3po"),
     "ppo": Arm("ppo"),
-    "ppo-rollouts-of-64": Arm("ppo", ("agent.num_steps_per_env=64",)),  # 16 environments' are as large as 64's are
+    "ppo-rollouts-of-64": Arm("ppo", ("agent.num_steps_per_env=64",)),  # of 16 environments: as large as 64's
     "ppo-long": Arm("ppo", longer=5),  # on single tasks, about as many seconds as the default takes
     "m3po-paper": Arm("m3po", agent="m3po_paper_cfg_entry_point"),
     # of single tasks: the default without the value gradient, with it at the newest rollout's observations alone, and

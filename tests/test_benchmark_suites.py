@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import benchmark_suites
+import benchmark_suites_report
 from benchmark_suites import ARMS, GROUPS, Experiment, rollouts, run
 from benchmark_suites_report import ARM_COLOURS, write_report
 
@@ -55,7 +56,7 @@ def calls(monkeypatch, tmp_path):
     return calls
 
 
-def test_runs_are_stored_once_and_crashes_reported(calls, tmp_path):
+def test_runs_are_stored_once_and_crashes_reported(calls, tmp_path, monkeypatch):
     for _ in range(2):
         for seed in (11, 12, CRASHES):
             run(WALK, "m3po", seed)
@@ -68,7 +69,16 @@ def test_runs_are_stored_once_and_crashes_reported(calls, tmp_path):
     assert "something broke" in crashed["output"]
     assert "secret" not in (tmp_path / "walker-walk" / "m3po" / "seed11" / "run.json").read_text()
 
+    beside = {}
+
+    def plot(experiment, runs, single, *others):
+        beside[experiment] = {run["experiment"] for run in single}
+        draw(experiment, runs, single, *others)
+
+    draw = benchmark_suites_report._plot
+    monkeypatch.setattr(benchmark_suites_report, "_plot", plot)
     report = write_report(tmp_path)
+    assert beside == {"DMC-MT2": {"walker-walk"}, "walker-walk": set(), "walker-walk-2-envs": set()}
     assert f"m3po seed {CRASHES} CRASHED" in report
     summary = json.loads((tmp_path / "summary.json").read_text())
     figures = {"training": 30.0, "prior": 40.0, "planner": 50.0, "seconds": 9.0}
