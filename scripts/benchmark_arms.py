@@ -141,14 +141,20 @@ ARMS = {
         },
     ),
     # one thing taken away or added
-    "m3po-value-gradient": Arm("m3po", by_task={_SMALL: (*_PLANNER_SMALL, *_AHEAD)}),
-    "m3po-no-value-gradient": Arm("m3po", by_task={"Isaac-Ant-v0": _NO_AHEAD, "Isaac-Humanoid-v0": _NO_AHEAD}),
+    "m3po-value-gradient": Arm(
+        "m3po",
+        by_task={
+            _SMALL: (*_PLANNER_SMALL, *_AHEAD),
+            "Isaac-Humanoid-v0": (f"{_A}value_gradient.steps_per_iteration=60",),
+        },
+    ),
+    "m3po-no-value-gradient": Arm("m3po", by_task={"Isaac-Ant-v0": _NO_AHEAD}),
     "m3po-adaptive-regression": Arm(
         "m3po", by_task={"Isaac-Ant-v0": (f"{_A}value_gradient.policy_schedule=adaptive",)}
     ),
     "m3po-no-critic-replay": Arm("m3po", _NO_REPLAY),
     "m3po-no-std-rate": Arm("m3po", by_task={"Isaac-Ant-v0": _NO_RATE, "Isaac-Humanoid-v0": _NO_RATE}),
-    "m3po-horizon-1": Arm("m3po", by_task={"Isaac-Ant-v0": _ONE_STEP, "Isaac-Humanoid-v0": _ONE_STEP}),
+    "m3po-horizon-1": Arm("m3po", by_task={"Isaac-Ant-v0": _ONE_STEP}),
     "m3po-with-planner": Arm("m3po", by_task={"Isaac-Ant-v0": _PLANNER, "Isaac-Humanoid-v0": _PLANNER}),
     # on Cartpole one thing changed of m3po-3; without its planner, only the critic's rate is not yet today's
     "m3po-no-planner": Arm("m3po", by_task={_SMALL: _SLOWER_CRITIC}),

@@ -55,6 +55,10 @@ CPU_DESIRED_KL = {"small": 0.03, "large": 0.06}
 CPU_SMALL_CRITIC = {"steps": 32, "batch_size": 1024, "learning_rate": 3e-3}
 """How a small policy's critic learns on the ring in the default mode on the CPU; it learns nowhere else then."""
 
+CPU_WITHOUT_VALUE_GRADIENT = {"humanoid"}
+"""Experiment names of the tasks whose default mode on the CPU leaves the value gradient out, because it cost more than
+it brought (docs/experiments.md, entry 27)."""
+
 INIT_STD = 0.5
 """Initial standard deviation of the actions of the default mode on the CPU, but for small policies."""
 
@@ -203,6 +207,8 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
             look_ahead_while_learning(cfg.algorithm, **budget, std_learning_rate=2e-3)
             # On Ant an adaptive one moves the policy too little in the second half of the training.
             cfg.algorithm.value_gradient.policy_schedule = "fixed"
+            if cfg.experiment_name in CPU_WITHOUT_VALUE_GRADIENT:
+                cfg.algorithm.value_gradient.steps_per_iteration = 0
         distribution = getattr(cfg.actor, "distribution_cfg", None)
         if hasattr(distribution, "init_std"):
             distribution.init_std = first_noise(task_cfg)
