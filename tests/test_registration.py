@@ -121,10 +121,11 @@ def test_agent_combines_the_tasks_configuration_with_the_preset(facts):
     assert ant["algorithm"]["policy_average_decay"] == 0.0
 
 
-def test_humanoid_learns_values_on_the_ring_without_looking_ahead(facts):
+@pytest.mark.parametrize("task", ["Isaac-Humanoid", "Isaac-Humanoid-Direct"])
+def test_humanoid_learns_values_on_the_ring_without_looking_ahead(facts, task):
     """The value gradient did not pay there (docs/experiments.md, entry 27); the rest is as on Ant."""
     ant = facts["built"]["Isaac-Ant m3po_cfg_entry_point"]
-    humanoid = facts["built"]["Isaac-Humanoid m3po_cfg_entry_point"]
+    humanoid = facts["built"][f"{task} m3po_cfg_entry_point"]
     assert ant["value_gradient"]["steps_per_iteration"] == 60
     assert humanoid["value_gradient"] == ant["value_gradient"] | {"steps_per_iteration": 0}
     same = ("critic_replay", "value_loss_coef", "desired_kl", "std_learning_rate", "planner", "world_model")

@@ -55,7 +55,7 @@ CPU_DESIRED_KL = {"small": 0.03, "large": 0.06}
 CPU_SMALL_CRITIC = {"steps": 32, "batch_size": 1024, "learning_rate": 3e-3}
 """How a small policy's critic learns on the ring in the default mode on the CPU; it learns nowhere else then."""
 
-CPU_WITHOUT_VALUE_GRADIENT = {"humanoid"}
+CPU_WITHOUT_VALUE_GRADIENT = {"humanoid", "humanoid_direct"}
 """Experiment names of the tasks whose default mode on the CPU leaves the value gradient out, because it cost more than
 it brought (docs/experiments.md, entry 27)."""
 
