@@ -29,9 +29,10 @@ from m3po.evaluation_process import policies_of
 DATA = ROOT / "benchmarks" / "learning"
 COLUMNS = (
     "iteration", "env_steps", "seconds", "mean_step_reward", "mean_return", "mean_length", "time_collect", "time_plan",
-    "time_physics", "time_update", "planner/share", "planner/kl", "planner/gain", "model/skill_1", "model/skill_H",
-    "model/reward_ev", "model/value_ev", "policy/effective_sample_size", "policy/value_ev", "bonus/mean_abs",
-    "ahead/skill", "ahead/reward_ev", "ahead/slope", "ahead/max_kl", "ahead/kl", "ahead/followed", "action_std",
+    "time_physics", "time_update", "plan/gain", "plan/max_kl", "plan/kl", "plan/cosine", "planner/share", "planner/kl",
+    "planner/gain", "planner/realised_gain", "gate/gain", "gate/realised", "gate/rewarded", "model/skill",
+    "model/reward_ev", "policy/effective_sample_size", "policy/value_ev", "bonus/alpha", "bonus/mean_abs",
+    "loss/model_steps", "action_std",
 )  # fmt: skip
 """Columns of ``progress.csv`` that are kept; PPO has none with a slash."""
 

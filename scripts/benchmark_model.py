@@ -1,127 +1,282 @@
-"""How good a world model gets on data of a real task: rollouts are recorded once and replayed to each variant in order.
+"""How good a world model's gradient gets on data of a real task, without training a policy.
 
-./isaaclab.sh -p scripts/benchmark_model.py --task Isaac-Ant-v0 --num_envs 512
+./isaaclab.sh -p scripts/benchmark_model.py --record ant.pt --task Isaac-Ant-v0 --num_envs 512 --iterations 60
+./isaaclab.sh -p scripts/benchmark_model.py --probe ant.pt walker.pt --steps 300 600 1500
 
-After each rollout a variant is measured on it (held out), and then trains as it would online. No planner acts, so all
-variants see the same data. The result goes to ``benchmarks/model/<task>.json``.
+A recording holds the replay buffer, the policy and the critic of a training, and rollouts that came after it. The probe
+trains each variant of the world model on the buffer, and asks how much the advantages of the unseen rollouts rise along
+its gradient. The table goes to ``benchmarks/model/probe.csv``.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import contextlib
+import csv
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
-from isaaclab_m3po import launch
+from m3po.algorithms.construction import build_networks, parse_algorithm_cfg
+from m3po.algorithms.gates import Gates
 from m3po.algorithms.model_learning import ModelLearner
-from m3po.cli.arguments import Parser, guarded
-from m3po.config import WorldModelCfg
-from m3po.manifest import package_versions
-from m3po.models import WorldModel
-from m3po.storage import RolloutRing, RolloutStorage
+from m3po.algorithms.plan_learning import LARGEST_SHIFT
+from m3po.algorithms.policy_outputs import PolicyOutputs
+from m3po.algorithms.statistics import mean_per_task
+from m3po.algorithms.tasks import Tasks
+from m3po.cli.arguments import guarded
+from m3po.config import AlgorithmCfg
+from m3po.errors import UserError
+from m3po.planning import Objective
+from m3po.runners import M3PORunner
+from m3po.storage import ReplayBuffer, RolloutStorage
 
-OUTPUT = Path(__file__).resolve().parents[1] / "benchmarks" / "model"
-FIELDS = ("actions", "rewards", "returns", "terminated", "dones")
+OUTPUT = Path(__file__).resolve().parents[1] / "benchmarks" / "model" / "probe.csv"
+
+UNSEEN_STEPS = 24_576
+"""Steps that are recorded after the training, so that a gain is told to 0.006."""
+
+FIELDS = ("next_obs_valid", "rewards", "terminated", "dones", "lost", "actions", "mean", "std", "advantages", "task")
+"""What is kept of each unseen rollout, beside the observations."""
+
+ACTING_KL = 0.3
+"""KL of the plans whose realised gain is estimated, nats."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "plain dynamics": {"dynamics": "plain"},
-    "consistency 20": {"consistency_coef": 20.0},
-    "balanced terminations, terminal reward": {"balance_terminations": True, "terminal_reward": True},
-    "reward weight 0.1": {"reward_coef": 0.1},
-    "learning rate 1e-3": {"learning_rate": 1e-3},
+    "anchored": {},
+    "anchored, no features": {"features": 0},
+    "anchored, 3 steps": {"horizon": 3},
+    "anchored, width 512": {"width": 512},
+    "latent": {"anchor": False},
+    "latent, 256 features": {"anchor": False, "features": 256},
+    "latent, 256 features, 3 steps": {"anchor": False, "features": 256, "horizon": 3},
 }
+"""Variant -> what differs from the default's world model."""
 
 
-def record(argv: list[str], rollouts: int) -> tuple[list[dict[str, torch.Tensor]], WorldModelCfg, str]:
-    """Train PPO (M3PO without its planner) for a number of iterations and keep every rollout."""
-    from isaaclab_m3po import agents
-    from m3po.runners import M3PORunner
+@contextlib.contextmanager
+def environment(argv: list[str]) -> Iterator[tuple[VecEnv, dict[str, Any], str]]:
+    """The environments and the runner configuration that a training command would have, and the name of its tasks."""
+    from m3po.cli import suite_job, train
 
-    parser = Parser(description=__doc__)
+    if suite_job.handles(argv):
+        job = suite_job.prepare(train._parser(), argv)
+        with suite_job.environments(job, job.sizes, job.seed) as env:
+            yield env, job.train_cfg, job.args.task
+        return
+    from isaaclab_m3po import launch
+    from m3po.cli.arguments import Parser
+
+    parser = Parser()
     launch.add_common_arguments(parser)
-    request = launch.parse(parser, [*argv, "agent.algorithm.planner.share=0.0"])
-    job = launch.prepare(request)
-    kept: list[dict[str, torch.Tensor]] = []
-    with launch.environment(job) as env:
-        runner = M3PORunner(env, job.train_cfg(), None, job.device)
-        update = runner.alg.update
-
-        def keep_and_update() -> dict[str, float]:
-            st = runner.alg.storage
-            rollout = {name: getattr(st, name).clone() for name in FIELDS}
-            kept.append(rollout | {"obs": runner.alg.model_obs(st.obs), "next_obs": runner.alg.model_obs(st.next_obs)})
-            return update()
-
-        runner.alg.update = keep_and_update
-        runner.learn(rollouts, init_at_random_ep_len=True)
-    return kept, agents.algorithm_cfg(job.agent_cfg).world_model, job.task
+    isaac_job = launch.prepare(launch.parse(parser, argv))
+    with launch.environment(isaac_job) as env:
+        yield env, isaac_job.train_cfg(), isaac_job.task
 
 
-def replay(rollouts: list[dict[str, torch.Tensor]], cfg: WorldModelCfg, seed: int) -> dict[str, Any]:
-    """Measure a variant on each new rollout, then train it. The policy's and critic's targets are left out."""
+def record(path: Path, argv: list[str], iterations: int) -> None:
+    """Train for a number of iterations, then collect unseen rollouts, and write both."""
+    with environment(argv) as (env, train_cfg, task):
+        runner = M3PORunner(env, train_cfg, None, "cpu")
+        runner.learn(iterations, init_at_random_ep_len=True)
+        alg, st = runner.alg, runner.alg.storage
+        obs, parts = env.get_observations(), []
+        with torch.inference_mode():
+            for _ in range(-(-UNSEEN_STEPS // (st.num_envs * st.num_steps))):
+                for _ in range(st.num_steps):
+                    obs = runner._step(obs, runner.statistics, alg.stopwatch)
+                alg.compute_returns(obs)
+                alg.estimator.estimate(st)
+                part = {name: getattr(st, name).clone() for name in FIELDS}
+                groups = {name: dict(getattr(st, name).clone().items()) for name in ("obs", "next_obs")}
+                parts.append(part | groups)
+                st.clear()
+        names = ("obs", "next_obs")
+        unseen = {name: torch.cat([part[name] for part in parts]) for name in FIELDS}
+        unseen |= {n: {g: torch.cat([part[n][g] for part in parts]) for g in parts[0][n]} for n in names}
+        tasks = alg.tasks
+        content = {
+            "task": task,
+            "iterations": iterations,
+            "train_cfg": train_cfg,
+            "size": (st.num_steps, st.num_envs),
+            "tasks": (tasks.ids, tasks.discounts, tasks.action_mask, tasks.obs_dims, tasks.conditioned),
+            "actor": alg.actor.state_dict(),
+            "critic": alg.critic.state_dict(),
+            "units": alg.estimator.units(torch.arange(tasks.count)),
+            "replay": alg.replay.state_dict(),
+            "unseen": unseen,
+        }
+        torch.save(content, path)
+    print(f"[benchmark] {path}: {task}, {alg.replay.size * st.num_envs} steps, {UNSEEN_STEPS} unseen")
+
+
+class Recording:
+    """A recording with its networks and its replay buffer."""
+
+    def __init__(self, path: Path) -> None:
+        """Read a recording.
+
+        Raises:
+            UserError: If the file is not one.
+        """
+        try:
+            self.content = torch.load(path, weights_only=True)
+            self.unseen = self.content["unseen"]
+        except (OSError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(f"'{path}' is no recording of this command: {error}.") from error
+        self.tasks = Tasks(*self.content["tasks"])
+        self.cfg = parse_algorithm_cfg(self.content["train_cfg"]["algorithm"])
+
+    def build(self, cfg: AlgorithmCfg) -> tuple[Objective, PolicyOutputs, ReplayBuffer]:
+        """Objective with a fresh world model, policy, and the replay buffer."""
+        unseen, (num_steps, num_envs) = self.unseen, self.content["size"]
+        obs = TensorDict({group: x[0] for group, x in unseen["obs"].items()}, batch_size=[num_envs])
+        env, train_cfg = SimpleNamespace(num_actions=unseen["actions"].shape[-1]), dict(self.content["train_cfg"])
+        networks = {name: dict(train_cfg[name]) for name in ("actor", "critic")}
+        built = build_networks(obs, env, train_cfg | networks, cfg, self.tasks, "cpu")
+        actor, critic, model, dims = built
+        embedding = {} if not self.tasks.conditioned else {"task_embedding": self.content["actor"]["task_embedding"]}
+        actor.load_state_dict(self.content["actor"])
+        critic.load_state_dict(self.content["critic"])
+        model.load_state_dict(embedding, strict=False)
+        units = self.content["units"]
+        for p in (*actor.parameters(), *critic.parameters()):
+            p.requires_grad_(False)
+
+        def values(obs: TensorDict, task: torch.Tensor) -> torch.Tensor:
+            return critic(obs).squeeze(-1) * units[task]
+
+        objective = Objective(model, actor, values, dims, self.tasks.discounts, cfg.planner)
+        storage = RolloutStorage(obs, list(unseen["next_obs"]), num_steps, env.num_actions, "cpu")
+        fields = self.content["replay"]["fields"]
+        replay = ReplayBuffer(storage, fields["rewards"].shape[0] // num_steps)
+        replay.load_state_dict(self.content["replay"])
+        return objective, PolicyOutputs(actor), replay
+
+
+def probe(recording: Recording, variant: dict[str, Any], steps: list[int], seed: int) -> list[dict[str, float]]:
+    """Train a variant, and measure it after each number of steps.
+
+    Returns:
+        ``gain``: rise of the standardised advantage along the gradient, per std of the action, mean over the tasks, and
+        its standard error ``gain_se``; ``realised``: advantage that plans of :data:`ACTING_KL` would have, by
+        importance sampling, and ``realised_se``; ``skill`` of the prediction; ``ms_per_step`` of training.
+    """
     torch.manual_seed(seed)
-    num_steps, num_envs, obs_dim = rollouts[0]["obs"].shape
-    num_actions = rollouts[0]["actions"].shape[-1]
-    storage = RolloutStorage(
-        TensorDict({"obs": rollouts[0]["obs"][0]}, batch_size=[num_envs]), ["obs"], num_steps, num_actions, "cpu"
-    )
-    model = WorldModel(obs_dim, num_actions, 1, cfg)
-    ring = RolloutRing(storage, max(1, round(cfg.ring_transitions / (num_envs * num_steps))))
-    learner = ModelLearner(
-        model,
-        flatten_obs=lambda obs: obs["obs"],
-        policy=lambda obs: (torch.zeros(obs.batch_size[0], num_actions), torch.ones(obs.batch_size[0], num_actions)),
-        critic=lambda obs, task: torch.zeros(obs.batch_size[0]),
-        action_mask=torch.ones(1, num_actions, dtype=torch.bool),
-    )
-    history, seconds = [], 0.0
-    for rollout in rollouts:
-        storage.obs["obs"].copy_(rollout["obs"])
-        storage.next_obs["obs"].copy_(rollout["next_obs"])
-        for name in FIELDS:
-            getattr(storage, name).copy_(rollout[name])
-        ring.add(storage)
-        quality = learner.measure(ring.newest(cfg.horizon))
-        history.append({name: value.item() for name, value in quality.items()})
-        task = storage.task.flatten()
-        model.obs_normalizer.update(rollout["obs"].flatten(0, 1), task)
-        model.rewards.update(rollout["rewards"].flatten(), rollout["terminated"].flatten(), task)
+    cfg = replace(recording.cfg, world_model=replace(recording.cfg.world_model, **variant))
+    objective, policy, replay = recording.build(cfg)
+    learner = ModelLearner(objective, policy, Gates(recording.tasks.count), recording.tasks, cfg)
+    learner._update_statistics(SimpleNamespace(**replay.latest(replay.size)))
+    results, seconds, done = [], 0.0, 0
+    for count in steps:
         start = time.process_time()
-        learner.train(ring, 0)
-        seconds += time.process_time() - start
-    return {"cpu_seconds_per_iteration": seconds / len(rollouts), "history": history}
+        for _ in range(count - done):
+            losses = learner.losses(replay.sample(cfg.world_model.batch_size, cfg.world_model.horizon))
+            learner.guard.step(torch.stack(list(losses.values())).sum())
+        seconds, done = seconds + time.process_time() - start, count
+        measured = measure(recording, objective, policy)
+        results.append({"steps": count, **measured, "ms_per_step": 1000.0 * seconds / count})
+    return results
 
 
-def main() -> int:
-    """Record, replay, print and store."""
-    rollouts, seed = 28, 0
-    data, cfg, task = record(sys.argv[1:], rollouts)
-    # The critic is not replayed, so the value follows the recorded returns here.
-    base = replace(cfg, value_target="returns")
-    results = {}
-    print(f"{'variant':42}{'s/iter':>8}{'skill_1':>9}{'skill_H':>9}{'reward_ev':>11}{'value_ev':>10}{'P(fall)':>9}")
-    for name, changes in VARIANTS.items():
-        results[name] = replay(data, replace(base, **changes), seed)
-        last, cost = results[name]["history"][-1], results[name]["cpu_seconds_per_iteration"]
-        text = f"{name:42}{cost:>8.2f}{last['skill_1']:>9.2f}{last['skill_H']:>9.2f}{last['reward_ev']:>11.2f}"
-        print(text + f"{last['value_ev']:>10.2f}{last['fall_probability']:>9.3f}", flush=True)
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": "scripts/benchmark_model.py " + " ".join(sys.argv[1:]),
-        "rollouts": rollouts,
-        "seed": seed,
-        "versions": package_versions(),
-        "variants": results,
-    }
-    (OUTPUT / f"{task}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def measure(recording: Recording, objective: Objective, policy: PolicyOutputs) -> dict[str, float]:
+    """Gain, realised gain and skill on the unseen rollouts; see :func:`probe`."""
+    st, tasks = recording.unseen, recording.tasks
+    task, kept = st["task"].flatten(), ~st["lost"].flatten()
+    groups = {group: x.flatten(0, 1) for group, x in st["obs"].items()}
+    obs = TensorDict(groups, batch_size=task.shape)
+    next_groups = {group: x.flatten(0, 1) for group, x in st["next_obs"].items()}
+    target = objective.vector(TensorDict(next_groups, batch_size=task.shape))
+    mean, std = policy(obs)
+    z = objective.encode(obs, task).detach()
+    mask = tasks.action_mask[task]
+    gradients = [objective.gradient(z[i], mean[i], std[i], task[i]) for i in torch.arange(len(task)).split(8192)]
+    gradient = torch.cat(gradients) * mask
+    size = mean_per_task(gradient.square().sum(-1), kept, task, tasks.count).sqrt().clamp_min(1e-12)
+    direction = gradient / size[task].unsqueeze(-1)
+    direction = direction * (LARGEST_SHIFT / direction.norm(dim=-1, keepdim=True).clamp_min(LARGEST_SHIFT))
+    noise = ((st["actions"] - st["mean"]) / st["std"]).flatten(0, 1)
+    advantages = st["advantages"].flatten()
+    along = (direction * noise).sum(-1) * advantages
+    shift = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1.0) * (2.0 * ACTING_KL) ** 0.5
+    ratio = torch.exp((shift * noise).sum(-1) - 0.5 * shift.square().sum(-1))
+    result = {}
+    for name, x in (("gain", along), ("realised", advantages * (ratio - 1.0))):
+        mean_x = mean_per_task(x, kept, task, tasks.count)
+        spread = mean_per_task((x - mean_x[task]).square(), kept, task, tasks.count)
+        count = torch.bincount(task[kept], minlength=tasks.count)
+        result[name] = mean_x.mean().item()
+        result[f"{name}_se"] = ((spread / count).sum().sqrt() / tasks.count).item()
+    with torch.no_grad():
+        known = kept & st["next_obs_valid"].flatten()
+        predicted = objective.model.step(z, st["actions"].flatten(0, 1), task)[0]
+        if objective.model.anchor_dim:
+            unit = objective.model.changes.deviation()[task]
+            off, change = (
+                x / unit for x in (objective.model.observation(predicted) - target, z[:, : target.shape[1]] - target)
+            )
+        else:
+            encoded = objective.model.encode(target, task)
+            off, change = predicted - encoded, z - encoded
+        error, still = (
+            mean_per_task(x.clamp(-5, 5).square().mean(-1), known, task, tasks.count) for x in (off, change)
+        )
+    return result | {"skill": (1.0 - error / still.clamp_min(1e-12)).mean().item()}
+
+
+def main(argv: list[str]) -> int:
+    """Record, or probe and store the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--record", type=Path, metavar="RING", help="Train, and write a recording; see also train.py.")
+    what.add_argument("--probe", type=Path, nargs="+", metavar="RING", help="Recordings that variants are tried on.")
+    parser.add_argument("--iterations", type=int, default=60, help="With --record: training iterations.")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[300, 600, 1500], help="Gradient steps to measure after."
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="World models.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Seeds of weights and batches.")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="CSV file that rows are added to.")
+    args, rest = parser.parse_known_args(argv)
+    if args.record:
+        record(args.record, rest, args.iterations)
+        return 0
+    if rest:
+        raise UserError(f"unknown options with --probe: {' '.join(rest)}.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    new = not args.output.exists()
+    with open(args.output, "a", newline="", encoding="utf-8") as file:
+        writer = None
+        for path in args.probe:
+            recording = Recording(path)
+            for variant in args.variants:
+                for seed in args.seeds:
+                    for row in probe(recording, VARIANTS[variant], sorted(args.steps), seed):
+                        row = {"task": recording.content["task"], "variant": variant, "seed": seed} | row
+                        if writer is None:
+                            writer = csv.DictWriter(file, list(row))
+                            if new:
+                                writer.writeheader()
+                        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+                        file.flush()
+                        print(
+                            f"{row['task'][:24]:25}{variant:32}{row['steps']:>6}"
+                            f"{row['gain']:>8.3f} +-{row['gain_se']:.3f}"
+                            f"{row['realised']:>8.3f} +-{row['realised_se']:.3f}{row['skill']:>7.2f}"
+                            f"{row['ms_per_step']:>7.1f} ms",
+                            flush=True,
+                        )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda _: main(), []))
+    sys.exit(guarded(main, sys.argv[1:]))

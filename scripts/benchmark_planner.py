@@ -1,82 +1,44 @@
-"""One plan of N environments: our planner against TD-MPC2's, pytorch-mppi, torchrl, and the machine's matmul peak.
+"""One plan of N environments: our planner against TD-MPC2's, pytorch-mppi's and torchrl's on the same networks.
 
-./isaaclab.sh -p scripts/benchmark_planner.py --size 5M --samples 64 --iterations 2 --horizon 3
-./isaaclab.sh -p scripts/benchmark_planner.py --device cuda:0 --size 1M
+./isaaclab.sh -p scripts/benchmark_planner.py --samples 64 --iterations 2 --horizon 3
+./isaaclab.sh -p scripts/benchmark_planner.py --device cuda:0
 
-Before anything is timed, all planners that use our weights must give the same candidates the same returns, and hold the
-same budget; otherwise the script refuses. Then each round times every contestant once, in rotating order, so that a
-change of the machine's pace meets all of them. The result goes to ``benchmarks/planner/<size>-<budget>-<device>.json``
-and ``.png``. The CPU runs report CPU time of the process, CUDA runs wall-clock time; both are stored.
+Before anything is timed, all planners must give the same candidates the same returns, and hold the same budget;
+otherwise the script refuses. Then each round times every contestant once, in rotating order, so that a change of the
+machine's pace meets all of them. The result goes to ``benchmarks/planner/<width>-<budget>-<device>.json``. CPU runs
+report CPU time of the process, CUDA runs wall-clock time; both are stored. The gradient's plan is 0 here.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import json
+import math
+import re
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch._inductor.config
-from benchmark_planner_external import Official, PytorchMppi, TorchRL, find_checkout
-from benchmark_planner_peers import Contestant, Inputs, Native, Restated, Setup
-from benchmark_planner_report import figures, machine, targets, versions, write_picture, write_table
-from benchmark_planner_work import (
-    Budget,
-    Gemm,
-    Shapes,
-    Unavailable,
-    bandwidth,
-    measure,
-    our_gemms,
-)
+from benchmark_planner_peers import Budget, Candidates, Contestant, PytorchMppi, Restated, Setup, TorchRL, Unavailable
+from benchmark_planner_report import machine, write_table
+from rsl_rl.models import MLPModel
+from tensordict import TensorDict
 
 from m3po.cli.arguments import Parser, at_least, guarded
-from m3po.config import MODEL_SIZES, PlannerCfg, WorldModelCfg
+from m3po.config import PlannerCfg, WorldModelCfg
 from m3po.errors import M3POError, UserError
-from m3po.manifest import git_revision, jsonable
+from m3po.manifest import git_revision, jsonable, package_versions
 from m3po.models import WorldModel
-from m3po.planning import Imagination, MPPIPlanner
-from m3po.planning.imagination import Start
-from m3po.planning.memory import plan_bytes
+from m3po.planning import MPPIPlanner, Objective, Start
 
 OUTPUT = Path(__file__).resolve().parents[1] / "benchmarks" / "planner"
 GAMMA = 0.99
-
-
-class Variant(NamedTuple):
-    """A form of our planner: fields of ``PlannerCfg`` everywhere, and those set on CUDA only."""
-
-    label: str
-    fields: dict[str, Any]
-    on_cuda: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    cuda_only: bool = False
-
-
-_CUDA = {"cuda_graph": True, "kernels": "warp"}
-VARIANTS = {
-    "ours-eager": Variant("M3PO eager f32", {"epilogues": "eager", "precision": "float32"}),
-    "ours-compiled": Variant("M3PO compiled f32", {"epilogues": "compiled", "precision": "float32"}, _CUDA),
-    "ours-bf16": Variant("M3PO compiled bf16", {"epilogues": "compiled", "precision": "bfloat16"}, _CUDA),
-    "ours-triton": Variant("M3PO Triton bf16", {"epilogues": "triton", "precision": "bfloat16"}, _CUDA, True),
-}
-"""Our variants, by name."""
-
-PEERS = {
-    "tdmpc2": "TD-MPC2 planner, re-stated",
-    "tdmpc2-1head": "TD-MPC2 re-stated, 1 value head",
-    "tdmpc2-compiled": "TD-MPC2 re-stated, compiled",
-    "tdmpc2-native": "TD-MPC2 re-stated, own networks",
-    "pytorch-mppi": "pytorch-mppi MPPI_Batched",
-    "torchrl": "torchrl MPPIPlanner",
-    "official": "TD-MPC2 official",
-    "official-compiled": "TD-MPC2 official, compiled",
-}
-LABELS = {key: variant.label for key, variant in VARIANTS.items()} | PEERS
 
 
 class UnequalWork(M3POError):
@@ -84,162 +46,197 @@ class UnequalWork(M3POError):
 
 
 class Ours(Contestant):
-    """Our planner in one of its variants."""
+    """Our planner with its fused roll-out."""
 
-    def __init__(self, setup: Setup, variant: Variant, chunk_rows: int = 0) -> None:
-        """Build the planner; ``chunk_rows`` 0 leaves the choice to it.
+    label, precision = "M3PO", "float32"
+    notes = "candidates follow the policy closed-loop, which the peers' do not: the policy is evaluated in every step"
 
-        Raises:
-            Unavailable: If this machine cannot run the variant.
-        """
-        cuda = setup.device.type == "cuda"
-        if variant.cuda_only and not cuda:
-            raise Unavailable("needs CUDA")
-        b = setup.budget
-        cfg = PlannerCfg(
-            horizon=b.horizon,
-            num_samples=b.samples,
-            num_prior_samples=b.prior_samples,
-            num_iterations=b.iterations,
-            num_elites=b.elites,
-            chunk_rows=chunk_rows,
-            **variant.fields | (variant.on_cuda if cuda else {}),
-        )
-        self.imagination = Imagination(setup.model, cfg, b.gamma)
-        self.planner = MPPIPlanner(self.imagination, cfg, setup.seed)
-        self.setup, self.dtype, self.step = setup, cfg.precision, 0
+    def __init__(self, setup: Setup, n: int) -> None:
+        """Build the planner."""
+        cfg = planner_cfg(setup.budget, setup.device, precision=self.precision)
+        self.planner, self.gamma = MPPIPlanner(setup.objective, cfg, setup.seed), setup.budget.gamma
+        self.step = torch.zeros((), dtype=torch.int64, device=setup.device)
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> dict[str, Any]:
         """As the planner holds it."""
-        c, gamma = self.planner.cfg, round(self.imagination.gamma.item(), 6)  # it is a tensor by task, in float32
-        return Budget(c.num_samples, c.num_iterations, c.horizon, gamma, True, c.num_elites, c.num_prior_samples)
+        c = self.planner.cfg
+        sizes = {"samples": c.num_samples, "iterations": c.num_iterations, "horizon": self.planner.objective.horizon}
+        return sizes | {"elites": c.num_elites, "policy_samples": c.num_policy_samples, "gamma": self.gamma}
 
-    def plan(self, x: Inputs) -> torch.Tensor:
+    def plan(self, start: Start) -> torch.Tensor:
         """Plan once; every plan draws new noise."""
-        self.step += 1
-        return self.planner.plan(x.z, x.mu, x.sigma, x.task, x.ids, self.step).mean
+        start.step += 1
+        return self.planner.plan(start).mean
 
     @torch.no_grad()
-    def returns(self, x: Inputs, actions: torch.Tensor) -> torch.Tensor:
-        """Evaluate candidates as within a plan: as perturbations of zeros by one deviation of one."""
-        returns = actions.new_empty(actions.shape[:2])
-        start = Start(x.z, torch.zeros_like(x.mu), torch.ones_like(x.sigma), x.task, x.ids, None)
-        self.imagination.refresh()
-        self.imagination.begin(start, actions.shape[1])
-        self.imagination.roll(actions, returns, nominal=torch.zeros_like(actions[:, 0]))
-        return returns
-
-    def gemms(self, n: int) -> list[Gemm]:
-        """Products of a plan."""
-        return our_gemms(n, self.setup.shapes, self.budget)
-
-    def memory(self, n: int) -> int:
-        """Bytes of a plan by the planner's own formula."""
-        s = self.setup
-        return plan_bytes(n, s.shapes.action, self.planner.cfg, s.model.cfg, s.device.type)
+    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+        """Evaluate as within a plan."""
+        return self.planner.evaluate(start, candidates.u)
 
 
-def build(key: str, setup: Setup, n: int, options: argparse.Namespace) -> Contestant:
-    """Create a contestant for n environments.
+class OursBfloat16(Ours):
+    """The same with matrix products in bfloat16."""
 
-    Raises:
-        Unavailable: If it cannot run here.
-    """
-    if key in VARIANTS:
-        return Ours(setup, VARIANTS[key], options.chunk_rows)
-    if key.startswith("official"):
-        if options.tdmpc2 is None:
-            raise Unavailable("needs --tdmpc2 PATH, a checkout of github.com/nicklashansen/tdmpc2")
-        return Official(setup, n, options.tdmpc2, compiled=key.endswith("compiled"))
-    makers: dict[str, Callable[[], Contestant]] = {
-        "tdmpc2": lambda: Restated(setup),
-        "tdmpc2-1head": lambda: Restated(setup, num_values=1),
-        "tdmpc2-compiled": lambda: Restated(setup, compiled=True),
-        "tdmpc2-native": lambda: Native(setup),
-        "pytorch-mppi": lambda: PytorchMppi(setup, n),
-        "torchrl": lambda: TorchRL(setup),
-    }
-    return makers[key]()
+    label, precision, low_precision = "M3PO, bfloat16", "bfloat16", True
+
+
+class OursGeneral(Ours):
+    """The same with the roll-out of any policy and critic."""
+
+    label = "M3PO, general roll-out"
+
+    def __init__(self, setup: Setup, n: int) -> None:
+        """Build the planner for an objective that does not tell its critic."""
+        o = setup.objective
+        cfg = planner_cfg(setup.budget, setup.device)
+        objective = Objective(o.model, o.actor, o.values, o.group_dims, o.discounts, cfg)
+        super().__init__(Setup(objective, *list(vars(setup).values())[1:]), n)
+
+
+CONTESTANTS: dict[str, type] = {
+    "ours": Ours,
+    "ours-general": OursGeneral,
+    "ours-bf16": OursBfloat16,
+    "tdmpc2": Restated,
+    "pytorch-mppi": PytorchMppi,
+    "torchrl": TorchRL,
+}
+"""Classes by name."""
+
+
+def planner_cfg(budget: Budget, device: torch.device, **fields: Any) -> PlannerCfg:
+    """Planner that searches a budget; its return is that of H steps, as the peers' is."""
+    cuda = {"cuda_graph": True, "kernels": "warp"} if device.type == "cuda" else {}
+    return PlannerCfg(
+        horizon=budget.horizon,
+        average_horizons=False,
+        num_samples=budget.samples,
+        num_policy_samples=budget.policy_samples,
+        num_iterations=budget.iterations,
+        num_elites=budget.elites,
+        **cuda | fields,
+    )
 
 
 def make_setup(options: argparse.Namespace) -> Setup:
-    """World model with weights that are not zero anywhere, so that candidates differ, and the common budget."""
-    # Part of the key of inductor's cache only if it is set; all compiled contestants run with the threads of now.
-    torch._inductor.config.cpp.threads = torch.get_num_threads()
+    """Networks whose weights are not zero anywhere, so that candidates differ, and the common budget."""
     torch.manual_seed(options.seed)
-    cfg = WorldModelCfg(size=options.size, dynamics=options.dynamics)
+    device, cfg = torch.device(options.device), WorldModelCfg(features=options.features, width=options.width)
     model = WorldModel(options.obs_dim, options.action_dim, 1, cfg)
-    width = MODEL_SIZES[options.size][1]
-    for head in (model.latent_head, model.reward_head, model.value_head[-1], model.prior_head[-1]):
-        torch.nn.init.normal_(head.weight, std=2.0 * width**-0.5)
-    torch.nn.init.normal_(model.termination_head.weight, std=0.5 * width**-0.5)
-    torch.nn.init.constant_(model.termination_head.bias, -3.0)  # about one step in twenty ends an episode
-    device = torch.device(options.device)
-    budget = Budget(
-        options.samples, options.iterations, options.horizon, GAMMA, True, options.elites, options.prior_samples
-    )
-    shapes = Shapes.of(cfg, options.action_dim)
-    return Setup(model.to(device), budget, shapes, options.size, options.obs_dim, options.seed, device)
+    torch.nn.init.normal_(model.transition[-1].weight, std=options.width**-0.5)
+    torch.nn.init.constant_(model.transition[-1].bias[-1], -3.0)  # about one step in twenty ends an episode
+    obs = TensorDict({"policy": torch.zeros(1, options.obs_dim)}, [1])
+    groups, noise = {"actor": ["policy"], "critic": ["policy"]}, {"class_name": "GaussianDistribution"}
+    shared = (options.hidden, "elu", True)
+    actor = MLPModel(obs, groups, "actor", options.action_dim, *shared, noise).to(device)
+    critic = MLPModel(obs, groups, "critic", 1, *shared).to(device)
+    budget = Budget(options.samples, options.iterations, options.horizon, options.elites, options.policy_samples, GAMMA)
+    settings = ({"policy": options.obs_dim}, torch.full((1,), GAMMA, device=device), planner_cfg(budget, device))
+    units = functools.partial(torch.ones_like, dtype=torch.float32)
+    objective = Objective(model.to(device), actor, lambda obs, task: critic(obs).squeeze(-1), *settings, critic, units)
+    latent_dim = options.obs_dim + options.features
+    return Setup(objective, budget, latent_dim, options.action_dim, options.seed, device)
 
 
-def make_inputs(setup: Setup, n: int) -> Inputs:
+@torch.no_grad()
+def make_start(setup: Setup, n: int) -> Start:
     """Starts of n environments; each is the same whatever n is."""
-    generator = torch.Generator().manual_seed(setup.seed)
-    draw = torch.randn(n, setup.obs_dim + setup.shapes.action, generator=generator).to(setup.device)
-    task = torch.zeros(n, dtype=torch.long, device=setup.device)
-    obs, mu = draw.split([setup.obs_dim, setup.shapes.action], dim=1)
-    with torch.no_grad():
-        z = setup.model.encode(obs, task)
-    ids = torch.arange(n, device=setup.device)
-    return Inputs(obs.contiguous(), z, 0.5 * mu, torch.full_like(mu, 0.5), task, ids)
+    generator, device = torch.Generator().manual_seed(setup.seed), setup.device
+    obs = torch.randn(n, setup.objective.model.anchor_dim, generator=generator).to(device)
+    ids, task = torch.arange(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
+    z = setup.objective.encode(TensorDict({"policy": obs}, [n]), task)
+    mu, step = setup.objective.policy(z, task), torch.zeros((), dtype=torch.int64, device=device)
+    mask = torch.ones_like(mu, dtype=torch.bool)
+    return Start(z, mu, torch.full_like(mu, 0.5), torch.zeros_like(mu), task, ids, step, mask)
 
 
-def assert_equal_work(contestants: dict[str, Contestant], setup: Setup) -> dict[str, float | None]:
-    """Refuse unless all contestants search the same budget and judge candidates alike.
+@torch.no_grad()
+def make_candidates(setup: Setup, start: Start, samples: int) -> Candidates:
+    """Perturbations of the policy, and the actions that follow from them."""
+    shape = (*start.mu.shape[:1], samples, setup.budget.horizon, setup.action_dim)
+    u = torch.randn(shape, generator=torch.Generator().manual_seed(setup.seed + 1)).to(setup.device)
+    noise = (u * start.sigma[:, None, None]).flatten(0, 1)
+    z, action, task = (x.repeat_interleave(samples, 0) for x in (start.z, start.mu, start.task))
+    actions: list[torch.Tensor] = []
+    for k in range(setup.budget.horizon):
+        if k:
+            z = setup.objective.model.step(z, actions[-1], task)[0]
+            action = setup.objective.policy(z, task)
+        actions.append(action + noise[:, k])
+    return Candidates(u, torch.stack(actions, dim=1).view(shape))
 
-    Args:
-        contestants: Built for the environments of :func:`make_inputs` with n = 2.
-        setup: The common budget and model.
 
-    Returns:
-        Largest difference of a return from the re-stated peer's, in deviations of the candidates' returns; ``None`` for
-        a contestant with networks of its own.
+def assert_equal_work(contestants: dict[str, Contestant], setup: Setup) -> dict[str, float]:
+    """Refuse unless all contestants, built for two environments, hold the same budget and judge candidates alike.
+
+    Returns the largest difference of a return from the re-stated peer's, in stds of the candidates' returns.
 
     Raises:
         UnequalWork: Names the contestant and what differs.
     """
-    x, b = make_inputs(setup, 2), setup.budget
-    generator = torch.Generator().manual_seed(setup.seed + 1)
-    actions = torch.randn(2, max(b.samples, 16), b.horizon, setup.shapes.action, generator=generator).clamp(-1, 1)
-    actions = actions.to(setup.device)
-    reference = Restated(setup).returns(x, actions)
+    start = make_start(setup, 2)
+    candidates = make_candidates(setup, start, max(setup.budget.samples, 16))
+    reference = Restated(setup, 2).returns(start, candidates)
     spread = reference.std(dim=1, keepdim=True)
     if not (spread > 0).all():
-        raise UnequalWork("All candidates have the same return: nothing would be compared.")
-    deviations: dict[str, float | None] = {}
+        raise UnequalWork("All candidates have the same return.")
+    deviations: dict[str, float] = {}
     for key, contestant in contestants.items():
-        for field in dataclasses.fields(Budget):
-            mine, common = getattr(contestant.budget, field.name), getattr(b, field.name)
-            if mine is not None and mine != common:
-                raise UnequalWork(f"{LABELS[key]} has {field.name} {mine} instead of {common}.")
-        returns = contestant.returns(x, actions)
-        deviations[key] = None
-        if returns is None:
-            continue
-        deviations[key] = ((returns.float() - reference).abs() / spread).max().item()
-        if contestant.dtype == "float32":
-            equal = deviations[key] < 1e-3
-        else:  # half the digits: what counts is that the candidates keep their order
-            ranks = torch.stack([r.float().argsort(1).argsort(1).float() for r in (returns, reference)])
-            correlations = [torch.corrcoef(ranks[:, i])[0, 1].item() for i in range(2)]
-            equal = min(correlations) > 0.95
+        for name, value in contestant.budget.items():
+            if value != getattr(setup.budget, name):
+                raise UnequalWork(f"{contestant.label} has {name} {value} instead of {getattr(setup.budget, name)}.")
+        returns = contestant.returns(start, candidates).float()
+        deviations[key] = ((returns - reference).abs() / spread).max().item()
+        equal = deviations[key] < 1e-3
+        if contestant.low_precision:  # what counts is that the candidates keep their order
+            ranks = torch.stack((returns, reference)).argsort(-1).argsort(-1).float()
+            equal = min(torch.corrcoef(ranks[:, i])[0, 1].item() for i in range(2)) > 0.95
         if not equal:
-            raise UnequalWork(
-                f"{LABELS[key]} and the re-stated TD-MPC2 planner give the same candidates different returns: "
-                f"up to {deviations[key]:.3g} deviations apart."
-            )
+            gap = f"different returns, up to {deviations[key]:.3g} stds apart"
+            raise UnequalWork(f"{contestant.label} and the re-stated TD-MPC2 planner give the same candidates {gap}.")
     return deviations
+
+
+def clock(call: Callable[[], object], device: torch.device, repeats: int = 1) -> tuple[float, float]:
+    """CPU and wall-clock seconds per call of this process, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats
+
+
+def interleave(calls: dict[str, tuple[Callable[[], Any], int]], rounds: int, device: torch.device) -> dict[str, list]:
+    """Time calls, some times each, once per round, beginning with another one in each: their times by :func:`clock`."""
+    times: dict[str, list] = {key: [] for key in calls}
+    order = list(calls)
+    for i in range(rounds):
+        first = i % len(order)
+        for key in order[first:] + order[:first]:
+            times[key].append(clock(calls[key][0], device, calls[key][1]))
+    return times
+
+
+def measure(setup: Setup, options: argparse.Namespace, keys: list[str]) -> list[dict]:
+    """Time contestants at every number of environments: a row each, with all raw times."""
+    rows: list[dict] = []
+    for n in options.num_envs:
+        start, calls = make_start(setup, n), {}
+        for key in keys:
+            call = functools.partial(CONTESTANTS[key](setup, n).plan, start)
+            call()
+            seconds = clock(call, setup.device)[1]
+            calls[key] = (call, max(1, math.ceil(options.min_seconds / seconds)))
+        for key, raw in interleave(calls, options.rounds, setup.device).items():
+            cpu, wall = ([pair[i] for pair in raw] for i in (0, 1))
+            row = {"contestant": key, "num_envs": n, "repeats": calls[key][1], "cpu_s": cpu, "wall_s": wall}
+            rows.append(row | {"time_s": statistics.median(cpu if setup.device.type == "cpu" else wall)})
+        print(f"{n:>5} environments done", flush=True)
+    return rows
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -249,118 +246,76 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UserError: Names the option and what is allowed.
     """
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--size", default="5M", choices=list(MODEL_SIZES), help="Size of the world model.")
-    add("--dynamics", default="plain", choices=("plain", "residual"), help="Form of the dynamics; plain is TD-MPC2's.")
+    add, names = parser.add_argument, list(CONTESTANTS)
+    add("--width", type=at_least(1), default=256, help="Units of the world model's layers.")
+    add("--features", type=at_least(0), default=32, help="Features of the world model, a multiple of 8.")
+    add("--hidden", type=at_least(1), nargs="+", default=[400, 200, 100], help="Units of policy and critic.")
     add("--obs_dim", type=at_least(1), default=60, help="Observation dimensions.")
     add("--action_dim", type=at_least(1), default=8, help="Action dimensions.")
-    add("--num_envs", type=at_least(1), nargs="+", default=[1, 16, 64, 256, 1024, 4096], help="Environments per plan.")
+    add("--num_envs", type=at_least(1), nargs="+", default=[1, 16, 64, 256, 1024], help="Environments per plan.")
     add("--samples", type=at_least(1), default=64, help="Candidates per environment and iteration.")
     add("--iterations", type=at_least(1), default=2, help="MPPI iterations.")
     add("--horizon", type=at_least(1), default=3, help="Planned steps.")
     add("--elites", type=at_least(1), default=8, help="Candidates that update the sampling distribution.")
-    add("--prior_samples", type=at_least(0), default=8, help="Candidates that follow the policy.")
-    add("--contestants", nargs="+", choices=list(LABELS), metavar="NAME", help=f"Some of: {', '.join(LABELS)}.")
-    add("--chunk_rows", type=at_least(0), default=0, help="Rows per chunk of our planner; 0: its own choice.")
-    add("--tdmpc2", type=Path, metavar="PATH", help="Checkout of github.com/nicklashansen/tdmpc2, timed as well.")
+    add("--policy_samples", type=at_least(0), default=8, help="Candidates that follow the policy with its noise.")
+    add("--contestants", nargs="+", choices=names, default=names, metavar="NAME", help=f"Some of: {', '.join(names)}.")
     add("--rounds", type=at_least(1), default=7, help="Rounds; each times every contestant once.")
     add("--min_seconds", type=float, default=0.2, help="A timing repeats the plan until it has lasted about this long.")
-    add("--time_limit", type=float, default=60.0, help="Leave out what is expected to take longer per plan, seconds.")
-    add(
-        "--memory_limit",
-        type=float,
-        help="Leave out what is expected to need more, GiB (default: half of what is free).",
-    )
-    add("--peak_sizes", type=at_least(1), nargs="+", help="Sides of the square products tried for the matmul peak.")
     add("--device", default="cpu", help="cpu, or a CUDA device.")
     add("--seed", type=at_least(0), default=0, help="Seed of weights, inputs and noise.")
     add("--output", type=Path, default=OUTPUT, help="Folder of the results.")
     options = parser.parse_args(argv)
-    for name in ("elites", "prior_samples"):
-        if getattr(options, name) > options.samples:
-            raise UserError(f"--{name} ({getattr(options, name)}) exceeds --samples ({options.samples}).")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise UserError(f"--device must be cpu or a CUDA device, got '{options.device}'.") from None
-    if device.type not in ("cpu", "cuda"):
+    if options.elites > options.samples:
+        raise UserError(f"--elites ({options.elites}) exceeds --samples ({options.samples}).")
+    if options.policy_samples + 4 > options.samples:
+        raise UserError(
+            f"--samples ({options.samples}) must be 4 more than --policy_samples, for the gradient's plans."
+        )
+    if options.features % 8:
+        raise UserError(f"--features must be a multiple of 8, got {options.features}.")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
         raise UserError(f"--device must be cpu or a CUDA device, got '{options.device}'.")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: this machine has no CUDA device.")
-    if options.tdmpc2 is not None:
-        find_checkout(options.tdmpc2)
-    if options.contestants is None:  # the official code compiles anew for every number of environments: on request
-        options.contestants = [key for key in LABELS if key != "official-compiled"]
     options.num_envs = sorted(set(options.num_envs))
-    options.peak_sizes = options.peak_sizes or ([1024, 2048] if device.type == "cpu" else [4096, 8192, 16384])
-    options.memory_limit = options.memory_limit or free_memory(device) / 2 / 2**30
     return options
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def main(argv: list[str]) -> int:
     """Check, time, print and store."""
     options = parse(argv)
-    torch._dynamo.config.recompile_limit = 64  # per function: many sizes and types meet in this process
     setup = make_setup(options)
     ready: dict[str, Contestant] = {}
     missing: dict[str, str] = {}
     for key in options.contestants:
         try:
-            # Two environments for the check; a planner of one environment is built for one, and has other networks.
-            ready[key] = build(key, setup, 1 if key.startswith("official") else 2, options)
+            ready[key] = CONTESTANTS[key](setup, 2)
         except Unavailable as error:
             missing[key] = str(error)
     deviations = assert_equal_work(ready, setup)
-    equal = [key for key, deviation in deviations.items() if deviation is not None]
-    print(f"same budget: {', '.join(ready)}\nsame returns of the same candidates: {', '.join(equal)}")
-    rows = measure(
-        setup.device,
-        options,
-        lambda key, n: build(key, setup, n, options),
-        lambda n: make_inputs(setup, n),
-        list(ready),
-        missing,
-    )
-    bytes_per_second = bandwidth(setup.device, 8 if max(options.peak_sizes) < 1024 else 256)
-    basis = "cpu_s" if setup.device.type == "cpu" else "wall_s"
-    figures(rows, basis)
+    print(f"same budget, and same returns of the same candidates: {', '.join(ready)}")
+    rows = measure(setup, options, list(ready))
     result = {
         "command": "scripts/benchmark_planner.py " + " ".join(argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": package_versions(("tensordict", "torchrl", "pytorch-mppi", "numpy")),
         "git": git_revision(Path(__file__)),
         "machine": machine(setup.device),
-        "basis": basis,
-        "bandwidth_bytes_per_s": bytes_per_second,
-        "settings": {k: v for k, v in vars(options).items() if k not in ("output", "tdmpc2")} | {"gamma": GAMMA},
+        "basis": "cpu_s" if setup.device.type == "cpu" else "wall_s",
+        "settings": {k: v for k, v in vars(options).items() if k != "output"} | {"gamma": GAMMA},
         "contestants": {
-            key: {
-                "label": LABELS[key],
-                "notes": ready[key].notes if key in ready else "",
-                "budget": dataclasses.asdict(ready[key].budget) if key in ready else None,
-                "return_deviation": deviations.get(key),
-            }
-            for key in options.contestants
+            key: {"label": c.label, "notes": c.notes, "budget": c.budget, "return_deviation": deviations[key]}
+            for key, c in ready.items()
         },
         "not_measured": missing,
         "rows": rows,
-        "targets": targets(rows, options, machine(setup.device)),
     }
     print(write_table(result))
     options.output.mkdir(parents=True, exist_ok=True)
-    name = f"{options.size}-{options.samples}x{options.iterations}x{options.horizon}-{setup.device.type}"
-    path = options.output / f"{name}.json"
+    budget = f"{options.samples}x{options.iterations}x{options.horizon}"
+    path = options.output / f"{options.width}-{budget}-{setup.device.type}.json"
     path.write_text(json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    drawn = write_picture(result, path.with_suffix(".png"))
-    print(f"stored {path}" + (f" and {path.with_suffix('.png').name}" if drawn else " (no picture: needs matplotlib)"))
+    print(f"stored {path}")
     return 0
 
 

@@ -1,296 +1,157 @@
-"""The planners that ours is measured against, each behind the same few methods.
+"""The planners that ours is measured against, each behind the same few methods, all on the same networks.
 
 "TD-MPC2 planner, re-stated" is written from the equations of arXiv 2310.16828 (section 3.3 and the appendix's table of
-hyper-parameters) in plain torch; it is not the authors' code, which ``--tdmpc2 PATH`` times from a checkout of it
-(``benchmark_planner_external.py``).
+hyper-parameters) in plain torch; it is not the authors' code.
 """
 
 from __future__ import annotations
 
-import copy
+import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from benchmark_planner_work import NATIVE_SIZES, Budget, Gemm, Shapes, Unavailable, native_gemms, peer_gemms
-from torch import nn
 from torch.nn import functional as F
 
-from m3po.models import WorldModel
-from m3po.models.two_hot import symexp
+from m3po.planning import Objective, Start
+
+INSTALL = "uv pip install --python .venv --no-deps --require-hashes -r requirements-benchmark.txt"
+
+
+class Unavailable(Exception):
+    """A contestant cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a planner searches."""
+
+    samples: int
+    iterations: int
+    horizon: int
+    elites: int
+    policy_samples: int
+    gamma: float
 
 
 @dataclass
 class Setup:
     """What all contestants share."""
 
-    model: WorldModel
+    objective: Objective
     budget: Budget
-    shapes: Shapes
-    size: str
-    obs_dim: int
+    latent_dim: int
+    action_dim: int
     seed: int
     device: torch.device
 
 
-@dataclass
-class Inputs:
-    """What a plan starts from, for n environments."""
+class Candidates(NamedTuple):
+    """Perturbations of the policy in its stds, and the actions that follow from them, (n, S, H, A) each."""
 
-    obs: torch.Tensor
-    """Observations, shape (n, O); only the official code reads them, the others start from the latents."""
-
-    z: torch.Tensor
-    """Latents, shape (n, Z)."""
-
-    mu: torch.Tensor
-    """Mean action of the executed policy, shape (n, A)."""
-
-    sigma: torch.Tensor
-    """Deviation of the executed policy, shape (n, A)."""
-
-    task: torch.Tensor
-    """Task ids, shape (n,)."""
-
-    ids: torch.Tensor
-    """Environment ids, shape (n,)."""
-
-    def __len__(self) -> int:
-        return self.z.shape[0]
+    u: torch.Tensor
+    actions: torch.Tensor
 
 
 class Contestant(ABC):
     """One planner, built for a number of environments."""
 
+    label: str = ""
     notes: str = ""
-    """What differs from the common budget, for the table."""
+    """What differs from the common budget."""
 
-    dtype: str = "float32"
-    """Type of its matrix products."""
+    low_precision: bool = False
+    """Whether its matrix products are in bfloat16."""
 
-    budget: Budget
-    """What it really searches, read back from the planner where it can be."""
+    @property
+    @abstractmethod
+    def budget(self) -> dict[str, Any]:
+        """Fields of :class:`Budget` that it has, read back from the planner."""
 
     @abstractmethod
-    def plan(self, x: Inputs) -> torch.Tensor:
-        """Plan once. Returns the actions to execute, shape (n, A)."""
+    def plan(self, start: Start) -> torch.Tensor:
+        """Plan once. Returns the actions to execute, (n, A)."""
 
     @abstractmethod
-    def returns(self, x: Inputs, actions: torch.Tensor) -> torch.Tensor | None:
-        """Predicted returns (n, S) of candidates (n, S, H, A); ``None`` where the networks are not ours."""
-
-    @abstractmethod
-    def gemms(self, n: int) -> list[Gemm]:
-        """Matrix products of a plan of n environments."""
-
-    def memory(self, n: int) -> int | None:
-        """Bytes that a plan of n environments is known to need; ``None`` where only a measurement tells."""
-        return None
+    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+        """Imagined returns of candidates, (n, S), as within a plan."""
 
 
-class Block(nn.Module):
-    """Linear, LayerNorm, Mish, on the weights of a layer of ours."""
+class Networks:
+    """The common objective's networks, for rows of latents (R, Z) of a single task."""
 
-    def __init__(self, linear: nn.Linear, norm: nn.LayerNorm) -> None:
-        """Refer to the weights."""
-        super().__init__()
-        self.linear, self.norm = linear, norm
+    def __init__(self, objective: Objective) -> None:
+        """Bind to an objective."""
+        self.objective = objective
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shapes (..., in) -> (..., out)."""
-        y = self.linear(x)
-        return F.mish(F.layer_norm(y, y.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps))
+    def step(self, z: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Next latents (R, Z), rewards (R,), probabilities (R,) that the episode goes on."""
+        return self.objective.model.step(z, action, _task(z))
 
+    def policy(self, z: torch.Tensor) -> torch.Tensor:
+        """Mean actions, (R, A)."""
+        return self.objective.policy(z, _task(z))
 
-def _plain(network: nn.Sequential) -> nn.Sequential:
-    """The same layers with torch's own activations; a nested trunk is flattened."""
-    layers: list[nn.Module] = []
-    for layer in network:
-        if isinstance(layer, nn.Linear):
-            layers.append(layer)
-        elif isinstance(layer[0], nn.Linear):
-            layers.append(Block(layer[0], layer[1]))
-        else:
-            layers.extend(_plain(layer))
-    return nn.Sequential(*layers)
+    def value(self, z: torch.Tensor) -> torch.Tensor:
+        """Terminal values, (R,)."""
+        return self.objective.value(z, _task(z))
 
 
-class Networks(nn.Module):
-    """Our world model's weights behind plain modules, with an ensemble of value heads."""
-
-    def __init__(self, model: WorldModel, num_values: int) -> None:
-        """Wrap a model.
-
-        Args:
-            model: World model, whose weights are shared.
-            num_values: Value heads; each is a copy of the model's, so that the objective is the model's.
-        """
-        super().__init__()
-        if model.cfg.terminal_reward or model.cfg.balance_terminations:
-            raise ValueError("The re-stated planner knows neither terminal_reward nor balance_terminations.")
-        self.residual, self.group = model.residual, model.cfg.simnorm_dim
-        self.transition = _plain(model.transition)
-        self.latent_head, self.reward_head = model.latent_head, model.reward_head
-        self.termination_head = model.termination_head
-        self.prior_net = _plain(model.prior_head)
-        self.values = nn.ModuleList(_plain(copy.deepcopy(model.value_head)) for _ in range(num_values))
-        self.bins = model.two_hot.bins
-
-    def _decode(self, logits: torch.Tensor) -> torch.Tensor:
-        return symexp((F.softmax(logits, dim=-1) * self.bins).sum(-1))
-
-    def _latent(self, features: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        logits = self.latent_head(features)
-        if self.residual:
-            logits = logits + torch.log(z + 1e-3)
-        return F.softmax(logits.unflatten(-1, (-1, self.group)), dim=-1).flatten(-2)
-
-    def next(self, z: torch.Tensor, action: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """Next latent. Shapes (..., Z), (..., A), (..., E) -> (..., Z)."""
-        return self._latent(self.transition(torch.cat([z, action, e], dim=-1)), z)
-
-    def step(
-        self, z: torch.Tensor, action: torch.Tensor, e: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Next latent (..., Z), reward (...,) in the task's reward scale, probability of going on (...,)."""
-        features = self.transition(torch.cat([z, action, e], dim=-1))
-        alive = torch.sigmoid(-self.termination_head(features).squeeze(-1))
-        return self._latent(features, z), self._decode(self.reward_head(features)), alive
-
-    def prior(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """Mean action of the latent prior, shape (..., A)."""
-        return self.prior_net(torch.cat([z, e], dim=-1))
-
-    def value(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """Terminal value (...,): all heads are evaluated, two drawn at random are averaged."""
-        return self._two_of(self.values, torch.cat([z, e], dim=-1))
-
-    def _two_of(self, heads: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-        logits = torch.stack([head(x) for head in heads])
-        drawn = torch.randperm(len(heads), device=x.device)[:2]
-        return self._decode(logits[drawn]).mean(0)
+def _task(z: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(z), dtype=torch.long, device=z.device)
 
 
-class NativeNetworks(nn.Module):
-    """Networks of TD-MPC2's own shapes with random weights: what its planner costs on the model it was made for."""
+class Restated(Contestant):
+    """TD-MPC2's planner, re-stated with the paper's constants: MPPI over action sequences."""
 
-    def __init__(self, size: str, action_dim: int, group: int = 8, num_bins: int = 101) -> None:
-        """Create the networks.
+    label = "TD-MPC2 planner, re-stated"
+    notes = "one value head"
+    temperature, std_range, bound = 0.5, (0.05, 2.0), 1.0
 
-        Args:
-            size: Row of :data:`NATIVE_SIZES`.
-            action_dim: Action dimensions.
-            group: Dimensions of a simplex of the latent.
-            num_bins: Bins of reward and value, over [-10, 10] in symlog space.
-        """
-        super().__init__()
-        self.latent_dim, width, num_q = NATIVE_SIZES[size]
-        self.group = group
-        pair = self.latent_dim + action_dim
+    def __init__(self, setup: Setup, n: int, networks: Any = None) -> None:
+        """Build the planner, by default on the common networks; others have the methods of :class:`Networks`."""
+        self.networks, self.b = networks or Networks(setup.objective), setup.budget
 
-        def network(inputs: int, outputs: int) -> nn.Sequential:
-            first, second = (Block(nn.Linear(i, width), nn.LayerNorm(width)) for i in (inputs, width))
-            return nn.Sequential(first, second, nn.Linear(width, outputs))
+    @property
+    def budget(self) -> dict[str, Any]:
+        """The planner's own."""
+        return asdict(self.b)
 
-        self.dynamics, self.latent_norm = network(pair, self.latent_dim), nn.LayerNorm(self.latent_dim)
-        self.reward, self.pi = network(pair, num_bins), network(self.latent_dim, 2 * action_dim)
-        self.q = nn.ModuleList(network(pair, num_bins) for _ in range(num_q))
-        self.register_buffer("bins", torch.linspace(-10.0, 10.0, num_bins))
-
-    _decode, _two_of = Networks._decode, Networks._two_of
-
-    def next(self, z: torch.Tensor, action: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """Next latent, shape (..., Z). Its networks take no task embedding in a single task."""
-        logits = self.latent_norm(self.dynamics(torch.cat([z, action], dim=-1)))
-        return F.softmax(logits.unflatten(-1, (-1, self.group)), dim=-1).flatten(-2)
-
-    def step(self, z: torch.Tensor, action: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Next latent (..., Z), reward (...,), and 1: without terminations."""
-        return self.next(z, action, e), self._decode(self.reward(torch.cat([z, action], dim=-1))), 1.0
-
-    def prior(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """Action of the stochastic policy prior, squashed, shape (..., A)."""
-        mean, log_std = self.pi(z).chunk(2, dim=-1)
-        std = torch.exp(-10.0 + 6.0 * (torch.tanh(log_std) + 1.0))
-        return torch.tanh(mean + std * torch.randn_like(mean))
-
-    def value(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """``Q(z, pi(z))`` (...,): all value functions are evaluated, two drawn at random are averaged."""
-        return self._two_of(self.q, torch.cat([z, self.prior(z, e)], dim=-1))
-
-
-class Search(NamedTuple):
-    """Outcome of a search for n environments."""
-
-    action: torch.Tensor
-    """First action of an elite drawn by its weight, plus noise, shape (n, A)."""
-
-    mean: torch.Tensor
-    """Final mean of the sampling distribution, shape (n, H, A)."""
-
-    std: torch.Tensor
-    """Final deviation of the sampling distribution, shape (n, H, A)."""
-
-
-class RestatedPlanner:
-    """TD-MPC2's planner for a batch of environments: MPPI over action sequences with a share from the policy prior."""
-
-    def __init__(
-        self,
-        networks: Any,
-        budget: Budget,
-        temperature: float = 0.5,
-        std_range: tuple[float, float] = (0.05, 2.0),
-        bound: float = 1.0,
-    ) -> None:
-        """Bind the planner to networks; the defaults are the paper's.
-
-        Args:
-            networks: Object with ``next``, ``step``, ``prior`` and ``value`` as those of :class:`Networks`.
-            budget: What to search.
-            temperature: Factor of the returns in an elite's weight.
-            std_range: Least deviation after an update, and the first one; action units.
-            bound: Largest absolute action.
-        """
-        self.networks, self.budget = networks, budget
-        self.temperature, self.std_range, self.bound = temperature, std_range, bound
-
-    def evaluate(self, z: torch.Tensor, actions: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """Predicted return of every candidate.
-
-        Args:
-            z: Latents, shape (n, Z).
-            actions: Candidates, shape (n, S, H, A).
-            e: Task embeddings, shape (n, E).
-
-        Returns:
-            Discounted rewards plus terminal value, weighted by the probability of getting there, shape (n, S).
-        """
-        z, e = (x.unsqueeze(1).expand(-1, actions.shape[1], -1) for x in (z, e))
-        returns, weight = 0.0, 1.0
-        for k in range(self.budget.horizon):
-            z, reward, alive = self.networks.step(z, actions[:, :, k], e)
-            returns = returns + weight * reward
-            weight = weight * alive * self.budget.gamma
-        return returns + weight * self.networks.value(z, e)
+    def plan(self, start: Start) -> torch.Tensor:
+        """Plan once."""
+        return self.search(start.z, start.mu, start.sigma)[0]
 
     @torch.no_grad()
-    def search(self, z: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, e: torch.Tensor) -> Search:
-        """Plan. ``mu`` and ``sigma`` (n, A) are the executed policy's, which the policy's trajectories start with."""
-        b, n = self.budget, z.shape[0]
-        num_policy = b.prior_samples or 0
-        shape = (n, b.horizon, mu.shape[-1])
-        candidates = mu.new_empty(n, b.samples, *shape[1:])
-        if num_policy:
-            candidates[:, :num_policy] = self._policy(z, mu, sigma, e, num_policy)
-        low, high = self.std_range
+    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+        """Evaluate as within a plan."""
+        return self.evaluate(start.z, candidates.actions)
+
+    def evaluate(self, z: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Imagined returns (n, S) of candidates (n, S, H, A) from latents (n, Z)."""
+        shape, actions = actions.shape[:2], actions.flatten(0, 1)
+        z, returns, weight = z.repeat_interleave(shape[1], 0), 0.0, 1.0
+        for k in range(self.b.horizon):
+            z, reward, alive = self.networks.step(z, actions[:, k])
+            returns = returns + weight * reward
+            weight = weight * alive * self.b.gamma
+        return (returns + weight * self.networks.value(z)).view(shape)
+
+    @torch.no_grad()
+    def search(self, z: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Plan from latents (n, Z), where the policy's mean and std are (n, A).
+
+        Returns an elite's first action, drawn by weight, plus noise; and mean and std of the plan, (n, H, A).
+        """
+        share, shape, (low, high) = self.b.policy_samples, (len(z), self.b.horizon, mu.shape[-1]), self.std_range
+        candidates = mu.new_empty(len(z), self.b.samples, *shape[1:])
+        if share:
+            candidates[:, :share] = self.follow_policy(z, mu, sigma, share)
         mean, std = mu.new_zeros(shape), mu.new_full(shape, high)
-        for _ in range(b.iterations):
-            noise = torch.randn_like(candidates[:, num_policy:])
-            drawn = mean.unsqueeze(1) + std.unsqueeze(1) * noise
-            candidates[:, num_policy:] = drawn.clamp(-self.bound, self.bound)
-            best, where = self.evaluate(z, candidates, e).topk(b.elites, dim=1)
+        for _ in range(self.b.iterations):
+            noise = torch.randn_like(candidates[:, share:])
+            candidates[:, share:] = (mean.unsqueeze(1) + std.unsqueeze(1) * noise).clamp(-self.bound, self.bound)
+            best, where = self.evaluate(z, candidates).topk(self.b.elites, dim=1)
             weight = F.softmax(self.temperature * best, dim=1)[..., None, None]
             elites = candidates.take_along_dim(where[..., None, None], dim=1)
             mean = (weight * elites).sum(1)
@@ -298,81 +159,170 @@ class RestatedPlanner:
         chosen = torch.multinomial(weight[..., 0, 0], 1)[..., None, None]
         action = elites.take_along_dim(chosen, dim=1)[:, 0, 0]
         action = action + std[:, 0] * torch.randn_like(action)
-        return Search(action.clamp(-self.bound, self.bound), mean, std)
+        return action.clamp(-self.bound, self.bound), mean, std
 
-    def _policy(
-        self, z: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, e: torch.Tensor, count: int
-    ) -> torch.Tensor:
-        """Action sequences (n, count, H, A) of the policy prior, followed closed-loop with the policy's noise."""
-        z, mu, sigma, e = (x.unsqueeze(1).expand(-1, count, -1) for x in (z, mu, sigma, e))
+    def follow_policy(self, z: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, count: int) -> torch.Tensor:
+        """Action sequences (n, count, H, A) of the policy with its noise, closed-loop."""
+        z, centre, sigma = (x.repeat_interleave(count, 0) for x in (z, mu, sigma))
         actions: list[torch.Tensor] = []
-        for k in range(self.budget.horizon):
+        for k in range(self.b.horizon):
             if k:
-                z = self.networks.next(z, actions[-1], e)
-            centre = self.networks.prior(z, e) if k else mu
-            actions.append((centre + sigma * torch.randn_like(mu)).clamp(-self.bound, self.bound))
-        return torch.stack(actions, dim=2)
+                z = self.networks.step(z, actions[-1])[0]
+                centre = self.networks.policy(z)
+            actions.append((centre + sigma * torch.randn_like(sigma)).clamp(-self.bound, self.bound))
+        return torch.stack(actions, dim=1).unflatten(0, (-1, count))
 
 
-class Restated(Contestant):
-    """TD-MPC2's planner, re-stated, on our weights."""
+class PytorchMppi(Contestant):
+    """``MPPI_Batched`` of pytorch-mppi; dynamics and cost are callbacks into the networks."""
 
-    def __init__(self, setup: Setup, num_values: int = 5, compiled: bool = False) -> None:
-        """Build the planner.
+    label = "pytorch-mppi MPPI_Batched"
+    notes = "no policy trajectories, no elites (softmax over all samples), one noise for all environments"
 
-        Args:
-            setup: Model and budget.
-            num_values: Value heads.
-            compiled: Pass the whole search through ``torch.compile``.
-        """
-        self.model, self.shapes, self.num_values = setup.model, setup.shapes, num_values
-        self.planner = RestatedPlanner(Networks(setup.model, num_values), setup.budget)
-        self._search = torch.compile(self.planner.search) if compiled else self.planner.search
-        self.notes = f"{num_values} value head(s)" + (", torch.compile" if compiled else "")
+    def __init__(self, setup: Setup, n: int) -> None:
+        """Build the planner for n environments."""
+        try:
+            from pytorch_mppi import mppi
+        except ImportError:
+            raise Unavailable(f"not installed: {INSTALL}") from None
+        b = setup.budget
+        self.networks, self.gamma, self.iterations, self.n = Networks(setup.objective), b.gamma, b.iterations, n
+        self.mppi = mppi.MPPI_Batched(
+            self._dynamics,
+            self._cost,
+            nx=setup.latent_dim,
+            noise_sigma=torch.eye(setup.action_dim),
+            num_envs=n,
+            num_samples=b.samples,
+            horizon=b.horizon,
+            device=setup.device,
+            step_dependent_dynamics=True,
+        )
 
     @property
-    def budget(self) -> Budget:
-        """The planner's own."""
-        return self.planner.budget
+    def budget(self) -> dict[str, Any]:
+        """Samples and horizon as the planner holds them."""
+        return {"samples": self.mppi.K, "horizon": self.mppi.T, "iterations": self.iterations, "gamma": self.gamma}
+
+    def _dynamics(self, z: torch.Tensor, action: torch.Tensor, k: int) -> torch.Tensor:
+        z, reward, alive = self.networks.step(z, action)
+        self._reward, self._alive = self._alive * reward, self._alive * alive
+        return z
+
+    def _cost(self, z: torch.Tensor, action: torch.Tensor, k: int) -> torch.Tensor:
+        cost = -(self.gamma**k) * self._reward
+        if k == self.mppi.T - 1:
+            cost = cost - self.gamma ** (k + 1) * self._alive * self.networks.value(z)
+        return cost
 
     @torch.no_grad()
-    def plan(self, x: Inputs) -> torch.Tensor:
-        """Plan once."""
-        return self._search(x.z, x.mu, x.sigma, self.model.embed(x.task)).action
+    def plan(self, start: Start) -> torch.Tensor:
+        """Refine a plan of zeros ``iterations`` times."""
+        self.mppi.U = start.z.new_zeros(self.n, self.mppi.T, self.mppi.nu)
+        for _ in range(self.iterations):
+            self._alive = 1.0
+            action = self.mppi.command(start.z, shift_nominal_trajectory=False)
+        return action
 
     @torch.no_grad()
-    def returns(self, x: Inputs, actions: torch.Tensor) -> torch.Tensor:
-        """Evaluate as within a plan."""
-        return self.planner.evaluate(x.z, actions, self.model.embed(x.task))
+    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+        """Negative cost of candidates through the same callbacks."""
+        actions = candidates.actions
+        z, cost, self._alive = start.z.repeat_interleave(actions.shape[1], 0), 0.0, 1.0
+        for k in range(self.mppi.T):
+            action = actions[:, :, k].flatten(0, 1)
+            z = self._dynamics(z, action, k)
+            cost = cost + self._cost(z, action, k)
+        return -cost.view(actions.shape[:2])
 
-    def gemms(self, n: int) -> list[Gemm]:
-        """Products of a plan."""
-        return peer_gemms(n, self.shapes, self.budget, self.num_values)
 
+class TorchRL(Contestant):
+    """torchrl's ``MPPIPlanner`` on an environment that steps the latents."""
 
-class Native(Contestant):
-    """TD-MPC2's planner, re-stated, on networks of TD-MPC2's own shapes."""
+    label = "torchrl MPPIPlanner"
+    notes = "no policy trajectories; sampling starts at mean 0 and std 1; the advantage module is ours"
 
-    notes = "its own networks, random weights: another objective"
+    def __init__(self, setup: Setup, n: int) -> None:
+        """Build environment and planner."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from torchrl.data import Composite, Unbounded
+                from torchrl.envs.model_based import ModelBasedEnvBase
+                from torchrl.modules import MPPIPlanner
+        except ImportError:
+            raise Unavailable(f"not installed: {INSTALL}") from None
+        from tensordict import TensorDict
 
-    def __init__(self, setup: Setup) -> None:
-        """Build the planner."""
-        if setup.size not in NATIVE_SIZES:
-            raise Unavailable(f"TD-MPC2 has no size {setup.size} (it has {', '.join(NATIVE_SIZES)})")
-        networks = NativeNetworks(setup.size, setup.shapes.action).to(setup.device)
-        if networks.latent_dim != setup.shapes.latent:
-            raise Unavailable(f"latents of {networks.latent_dim} and {setup.shapes.latent} dimensions")
-        self.size, self.action_dim = setup.size, setup.shapes.action
-        self.planner, self.budget = RestatedPlanner(networks, setup.budget), setup.budget
+        networks, b, device = Networks(setup.objective), setup.budget, setup.device
 
-    def plan(self, x: Inputs) -> torch.Tensor:
+        def rows(function: Any, *tensors: torch.Tensor) -> Any:
+            """Call a function of rows with tensors of any batch shape."""
+            shape = tensors[0].shape[:-1]
+            out = function(*(x.flatten(0, -2) for x in tensors))
+            return [x.unflatten(0, shape) for x in out] if isinstance(out, tuple) else out.unflatten(0, shape)
+
+        class LatentEnv(ModelBasedEnvBase):
+            """Imagined steps; ``alive`` is the probability of having got this far."""
+
+            def __init__(self) -> None:
+                super().__init__(torch.nn.Identity(), device=device, batch_size=[])
+                sizes = {"z": setup.latent_dim, "alive": 1}
+                self.observation_spec = Composite({k: Unbounded((d,), device=device) for k, d in sizes.items()})
+                self.state_spec = self.observation_spec.clone()
+                self.action_spec = Unbounded((setup.action_dim,), device=device)
+                self.reward_spec = Unbounded((1,), device=device)
+
+            def _reset(self, tensordict: Any = None, **kwargs: Any) -> Any:
+                raise NotImplementedError("Plans start from given latents.")
+
+            def _step(self, td: Any) -> Any:
+                z, reward, alive = rows(networks.step, td["z"], td["action"])
+                before, never = td["alive"], torch.zeros_like(td["alive"], dtype=torch.bool)
+                step = {"z": z, "alive": before * alive.unsqueeze(-1), "reward": before * reward.unsqueeze(-1)}
+                return TensorDict(step | {"done": never, "terminated": never}, td.batch_size, device=device)
+
+        class Return(torch.nn.Module):
+            """Discounted rewards plus terminal value of trajectories (..., H), as the planner's advantage."""
+
+            def forward(self, td: Any) -> Any:
+                reward, last = td["next", "reward"], td["next"][..., -1]
+                value = last["alive"] * rows(networks.value, last["z"]).unsqueeze(-1)
+                discount = b.gamma ** torch.arange(reward.shape[-2], device=device).unsqueeze(-1)
+                returns = (discount * reward).sum(-2) + b.gamma ** reward.shape[-2] * value
+                return td.set("advantage", returns.unsqueeze(-2).expand_as(reward))
+
+        self.env, self.gamma, self._dict = LatentEnv(), b.gamma, TensorDict
+        sizes = {"planning_horizon": b.horizon, "optim_steps": b.iterations, "num_candidates": b.samples}
+        self.planner = MPPIPlanner(self.env, Return(), temperature=0.5, top_k=b.elites, **sizes).to(device)
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """As the planner holds it."""
+        p = self.planner
+        sizes = {"samples": p.num_candidates, "iterations": p.optim_steps, "horizon": p.planning_horizon}
+        return sizes | {"elites": p.top_k, "gamma": self.gamma}
+
+    def _start(self, start: Start) -> Any:
+        content = {"z": start.z, "alive": torch.ones_like(start.z[:, :1])}
+        return self._dict(content, [len(start.z)], device=start.z.device)
+
+    @torch.no_grad()
+    def plan(self, start: Start) -> torch.Tensor:
         """Plan once."""
-        return self.planner.search(x.z, x.mu, x.sigma, x.z[:, :0]).action
+        return self.planner.planning(self._start(start))
 
-    def returns(self, x: Inputs, actions: torch.Tensor) -> None:
-        """Not comparable: other networks."""
-        return None
-
-    def gemms(self, n: int) -> list[Gemm]:
-        """Products of a plan."""
-        return native_gemms(n, self.size, self.action_dim, self.budget)
+    @torch.no_grad()
+    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+        """Advantage of candidates through the same environment."""
+        actions = candidates.actions
+        td = self._start(start).unsqueeze(-1).expand(*actions.shape[:2]).to_tensordict()
+        steps = iter(actions.unbind(2))
+        td = self.env.rollout(
+            actions.shape[2],
+            policy=lambda tensordict: tensordict.set("action", next(steps)),
+            auto_reset=False,
+            tensordict=td,
+            break_when_any_done=False,
+        )
+        return self.planner.advantage_module(td)["advantage"][..., 0, 0]

@@ -1,11 +1,12 @@
-"""Learning curves on task suites and task sets: M3PO against its own PPO core, every run a process of its own.
+"""Learning curves on task suites and task sets: M3PO against rsl_rl's PPO, every run a process of its own.
 
 ./isaaclab.sh -p scripts/benchmark_suites.py dmcontrol --seeds 1 2 3
 ./isaaclab.sh -p scripts/benchmark_suites.py dmcontrol-multi classic-multi metaworld-multi
 ./isaaclab.sh -p scripts/benchmark_suites.py --report
 
 Runs are stored below ``benchmarks/suites/<experiment>/<arm>``; one that is stored is not repeated, even if the code has
-changed since, and one that failed is stored as crashed. The PPO arm is M3PO without models, planner and bonus.
+changed since, and one that failed is stored as crashed. The arm ``ppo-core`` is M3PO with its parts off; its stored
+runs are of version 0.1, when ``--algo ppo`` meant that. ``STORED`` of the report names arms that exist as data alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmark_arms import CORE, PARTS, TASKS
 from benchmark_runs import ROOT, run_python
 
 from m3po.cli.suite_job import AGENTS
@@ -85,32 +87,13 @@ class Arm:
     """How many times as many environment steps as the experiment says."""
 
 
-_A = "agent.algorithm."
-_NO_AHEAD = (f"{_A}value_gradient.steps_per_iteration=0",)
-_PLANNING = (
-    "agent.num_steps_per_env=16",
-    *_NO_AHEAD,
-    f"{_A}std_learning_rate=0.0",
-    f"{_A}critic_replay.steps_per_iteration=0",
-    f"{_A}value_loss_coef=1.0",
-    f"{_A}world_model.steps_per_iteration=12",
-    f"{_A}planner.share=0.25",
-    f"{_A}distill_coef=0.05",
-)
-
-ARMS = {
-    "m3po": Arm("m3po"),
-    "ppo": Arm("ppo"),
-    "ppo-rollouts-of-64": Arm("ppo", ("agent.num_steps_per_env=64",)),  # of 16 environments: as large as 64's
-    "ppo-long": Arm("ppo", longer=5),  # on single tasks, about as many seconds as the default takes
+ARMS = {name: Arm("m3po", overrides) for name, overrides in PARTS.items()} | {
     "m3po-paper": Arm("m3po", agent="m3po_paper_cfg_entry_point"),
-    # of single tasks: the default without the value gradient, with it at the newest rollout's observations alone, and
-    # the default before it, which looked ahead with the planner and can have the exploration bonus, because it has a
-    # latent model
-    "m3po-no-value-gradient": Arm("m3po", _NO_AHEAD),
-    "m3po-newest-states": Arm("m3po", (f"{_A}value_gradient.stored_rollouts=0",)),
-    "m3po-1": Arm("m3po", _PLANNING),
-    "m3po-1-bonus": Arm("m3po", (*_PLANNING, f"{_A}bonus.alpha=0.3")),
+    "ppo-core": Arm("m3po", ("agent.num_steps_per_env=16", "agent.algorithm.lam=0.95", *CORE)),
+    "ppo": Arm("ppo"),
+    # of 16 environments: as large as 64's
+    "ppo-rollouts-of-64": Arm("ppo", ("agent.num_steps_per_env=64",)),
+    "ppo-long": Arm("ppo", longer=5),
 }
 
 
@@ -118,9 +101,12 @@ def rollouts(experiment: Experiment, arm: str) -> int:
     """Training iterations of an arm: its rollouts differ in length."""
     settings = ARMS[arm]
     several = "," in experiment.task or "MT" in experiment.task
-    single_isaac = experiment.task.startswith("Isaac") and not several
     mode = AGENTS[settings.agent]
-    length = 8 if single_isaac else suite_runner_cfg(several, "cpu", mode, settings.algo)["num_steps_per_env"]
+    if experiment.task.startswith("Isaac") and not several:
+        own_length = TASKS[experiment.task].num_steps
+        length = own_length[settings.algo if mode == "default" else "ppo"]  # paper mode keeps the task's
+    else:
+        length = suite_runner_cfg(several, "cpu", mode, settings.algo)["num_steps_per_env"]
     for override in settings.overrides:
         if override.startswith("agent.num_steps_per_env="):
             length = int(override.partition("=")[2])

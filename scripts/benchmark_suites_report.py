@@ -11,15 +11,43 @@ import numpy as np
 
 ARM_COLOURS = {
     "m3po": "#c2410c",
-    "ppo": "#1d4ed8",
-    "ppo-rollouts-of-64": "#1e3a8a",
-    "ppo-long": "#60a5fa",
-    "m3po-no-value-gradient": "#f59e0b",
+    "m3po-0.1": "#fb923c",
+    "ppo": "#15803d",
+    "ppo-rollouts-of-64": "#166534",
+    "ppo-long": "#86efac",
+    "ppo-core": "#1d4ed8",
+    "ppo-core-rollouts-of-64": "#1e3a8a",
+    "ppo-core-long": "#60a5fa",
+    "m3po-no-planner": "#f59e0b",
+    "m3po-no-gradient": "#a16207",
+    "m3po-no-bonus": "#facc15",
+    "m3po-no-critic-replay": "#e11d48",
+    "m3po-no-features": "#9f1239",
+    "m3po-latent": "#7e22ce",
+    "m3po-ratio-4": "#0d9488",
+    "m3po-ratio-16": "#115e59",
+    "m3po-paper": "#0891b2",
+    "m3po-0.1-paper": "#67e8f9",
+    "m3po-no-value-gradient": "#d97706",
     "m3po-newest-states": "#fdba74",
     "m3po-1": "#78716c",
     "m3po-1-bonus": "#be185d",
-    "m3po-paper": "#0891b2",
 }
+STORED = (
+    "m3po-0.1",
+    "m3po-0.1-paper",
+    "m3po-no-value-gradient",
+    "m3po-newest-states",
+    "m3po-1",
+    "m3po-1-bonus",
+    "ppo-core-rollouts-of-64",
+    "ppo-core-long",
+)
+"""Arms that exist as stored data alone: algorithms of version 0.1 and before it."""
+
+DEFAULTS = ("m3po", "m3po-0.1")
+"""Defaults of M3PO; the first one that an experiment has sets how far its plot goes."""
+
 PEER_COLOURS = {"tdmpc2": "#047857", "dreamerv3": "#7c3aed", "sac": "#6b7280"}
 FRAMES_PER_STEP = 2
 """Action repeat of DMControl and Meta-World; published curves count frames."""
@@ -142,7 +170,7 @@ def _plot(
     """One panel per task: training curves against environment steps; thin lines are seeds, thick ones their mean.
 
     Of a run of several tasks, the agents of ``single`` are drawn beside it, which were trained on the task alone. A run
-    of one task has a second panel, against seconds; the first one ends where M3PO's default does.
+    of one task has a second panel, against seconds; the first one ends where M3PO's default does (:data:`DEFAULTS`).
     """
     from matplotlib.figure import Figure
 
@@ -157,7 +185,7 @@ def _plot(
         for arm, colour in ARM_COLOURS.items():
             of_task = [run for run in runs if run["arm"] == arm]
             end = max(end, _draw(axis, task, of_task, scale, colour, "-", arm, limit))
-            limit = end if arm == "m3po" and of_task else limit
+            limit = end if arm in DEFAULTS and of_task else limit
         for arm, colour in ARM_COLOURS.items():
             alone = [run for run in single if run["arm"] == arm and run["tasks"] == [task]]
             _draw(axis, task, alone, scale, colour, ":", f"{arm}, this task alone", end)

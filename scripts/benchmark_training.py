@@ -3,8 +3,8 @@
 ./isaaclab.sh -p scripts/benchmark_training.py --task Isaac-Ant-v0 --num_envs 64 128 256 512 1024 --rounds 3
 
 Every run is a process of its own, one at a time; a round runs every algorithm and environment count once, each round
-beginning elsewhere, so that a drift of the machine spreads over all of them. M3PO plans from its second iteration on,
-however good its model is, and both algorithms have rollouts of the same length.
+beginning elsewhere, so that a drift of the machine spreads over all of them. Both algorithms have rollouts of the same
+length. How much M3PO plans is up to its gates; the column ``planned`` tells the share of the environments.
 
 ``<output>/<task>-<device>/<algorithm>-<num_envs>-<round>.json`` holds the times of every iteration of a run. A run that
 is stored already is not repeated, even if the code has changed since; one that failed is stored as crashed, with the
@@ -32,9 +32,6 @@ from m3po.cli.arguments import Parser, at_least, guarded
 from m3po.errors import UserError
 
 ALGORITHMS = ("m3po", "ppo")
-PLANNER_ON = ("agent.algorithm.planner.min_skill=-1e9", "agent.algorithm.planner.min_reward_ev=-1e9")
-"""Opens the planner's gate as soon as the model has been measured once."""
-
 PARTS = {"physics": "#6b7280", "act": "#93c5fd", "policy": "#1d4ed8", "plan": "#c2410c", "model": "#fdba74"}
 """Parts of an iteration that ``progress.csv`` times in a column ``time_<part>`` -> colour; the rest is ``other``."""
 
@@ -79,7 +76,7 @@ def make_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
                 "--seed": index + 1,
                 "--eval_interval": 0,
             }
-            own = [*PLANNER_ON, *args.overrides] if algorithm == "m3po" else []
+            own = args.overrides if algorithm == "m3po" else []
             command = ["scripts/train.py", *(str(part) for option in options.items() for part in option), *own]
             command.append(f"agent.num_steps_per_env={args.num_steps}")  # the last override of a field wins
             path = folder / f"{algorithm}-{num_envs}-{index + 1}.json"

@@ -1,105 +1,97 @@
-"""The planner written down from the equations, candidate by candidate: what the fast one must equal."""
+"""Imagined return and planner written down from the equations, row by row: what the fast ones must equal."""
+
+from types import SimpleNamespace
 
 import torch
 
-from m3po.planning import Imagination, MPPIPlanner
+from m3po.planning import MPPIPlanner, Objective
+from m3po.planning.mppi import MAX_NOISE, MIN_STD
 
 
-class LiteralImagination:
-    """Objective (2) by stepping a model, for any model with ``embed``, ``prior``, ``step`` and ``value``."""
+class LinearModel:
+    """Latents without falls: z' = z + a, reward -|z'|^2 - 0.1 |a|^2 (scaled), V = 0, a policy that does nothing."""
 
-    def __init__(self, model, horizon, gamma):
-        self.model, self.horizon, self.gamma = model, horizon, gamma
+    cfg = SimpleNamespace(anchor=False)
 
-    def refresh(self):
-        pass
+    def __init__(self, scale=1.0):
+        self.scale = scale
 
-    def begin(self, start, samples):
-        self.start = start
+    def step(self, z, action, task):
+        z = z + action
+        return z, -self.scale * (z.square().sum(-1) + 0.1 * action.square().sum(-1)), torch.ones_like(z[..., 0])
 
-    def roll(self, u, returns, nominal=None, actions=None):
-        n, samples = returns.shape
-        for i in range(n):
-            e = self.model.embed(self.start.task[i : i + 1])
-            own = nominal[i] if nominal is not None else None
-            for s in range(samples):
-                closed = own is None or (nominal is None and s < actions.shape[1])
-                chosen, returns[i, s] = self._candidate(i, u[i, s], None if closed else own, e)
-                if own is None:
-                    own = chosen  # candidate 0 is the unperturbed prior
-                if nominal is None and s < actions.shape[1]:
-                    actions[i, s] = chosen
+    def value(self, z, task):
+        return torch.zeros_like(z[..., 0])
 
-    def _candidate(self, i, u, nominal, e):
-        start, task = self.start, self.start.task[i : i + 1]
-        z, total, alive, discount, chosen = start.z[i : i + 1], 0.0, 1.0, 1.0, []
-        for k in range(self.horizon):
-            if nominal is not None:
-                centre = nominal[k : k + 1]
-            elif k == 0:
-                centre = start.mu[i : i + 1]
-            else:
-                centre = self.model.prior(z, e)
-                if start.action_mask is not None:
-                    centre = centre * start.action_mask[i : i + 1]
-            chosen.append(centre + start.sigma[i : i + 1] * u[k])
-            z, reward, survives = self.model.step(z, chosen[-1], e, task)
-            total = total + discount * alive * reward
-            alive, discount = alive * survives, discount * self.gamma
-        return torch.cat(chosen), total + discount * alive * self.model.value(z, e)
+    def policy(self, z, task):
+        return torch.zeros_like(z)
 
 
-def literal_plan(model, cfg, gamma, z, mu, sigma, task, noise, action_mask=None):
-    """One environment's plan from (2) and algorithm.md 4(e), in the precision of its inputs.
+def objective_of(model, cfg, gamma=1.0):
+    """The objective of a model with its own value and policy, for one task."""
+    return Objective(model, None, None, {}, torch.tensor([gamma]), cfg)
 
-    ``noise`` is a list of (S, H, A) per iteration. Returns the first action's mean and the gain.
+
+def planner_of(model, cfg, seed=0, gamma=1.0):
+    return MPPIPlanner(objective_of(model, cfg, gamma), cfg, seed)
+
+
+def literal_return(objective, z, action, task, noise=None):
+    """Equation (2) of one row: z (Z,), action (A,), task (), noise (H, A)."""
+    z, task, gamma = z.unsqueeze(0), task.view(1), objective.discounts[task].item()
+    earned, alive, ends = 0.0, 1.0, []
+    for k in range(objective.horizon):
+        a = action.unsqueeze(0)
+        if k > 0:
+            a = objective.policy(z, task)
+            if noise is not None:
+                a = a + noise[k]
+        z, reward, goes_on = objective.model.step(z, a, task)
+        earned += gamma**k * alive * reward.item()
+        alive *= goes_on.item()
+        ends.append(earned + gamma ** (k + 1) * alive * objective.value(z, task).item())
+    return sum(ends) / len(ends) if objective.average else ends[-1]
+
+
+def literal_plan(objective, cfg, z, mu, sigma, shift, task, noise, mask):
+    """Planned first action and gain of one environment, in the precision of its inputs.
+
+    ``noise`` holds the draws (S', H, A) of each iteration, of those candidates that are drawn in it.
     """
-    mask = torch.ones_like(mu) if action_mask is None else action_mask.to(mu.dtype)
+    mask = mask.to(mu.dtype)
     mu, sigma = mu * mask, sigma * mask
-    e = model.embed(task)
 
-    def rollout(actions=None, u=None):
-        """Return and actions: given ones, or the prior's own, perturbed by ``u``."""
-        state, total, alive, chosen = z, 0.0, 1.0, []
-        for k in range(cfg.horizon):
-            centre = mu if k == 0 else model.prior(state, e) * mask
-            a = actions[k] if actions is not None else centre + sigma * u[k]
-            chosen.append(a)
-            state, reward, survives = model.step(state, a, e, task)
-            total = total + gamma**k * alive * reward
-            alive = alive * survives
-        return total + gamma**cfg.horizon * alive * model.value(state, e), torch.stack(chosen)
+    def value(u):
+        return literal_return(objective, z, mu + sigma * u[0], task, sigma * u)
 
-    nominal_return, nominal = rollout(u=torch.zeros_like(noise[0][0]))
-    mean, std = torch.zeros_like(nominal), torch.ones_like(nominal)
-    own = []  # the prior's noisy trajectories: perturbation and return, evaluated once
+    def shifted(u, by):
+        u = u.clone()
+        u[0] += by
+        return u
+
+    zero = torch.zeros(cfg.horizon, len(mu), dtype=mu.dtype)
+    known = [shifted(zero, length * shift) for length in (0.0, 0.5, 1.0, 2.0)]
+    draws = [u.clamp(-MAX_NOISE, MAX_NOISE) * mask for u in noise[0]]
+    known += draws[: cfg.num_policy_samples]
+    others = [shifted(u, shift).clamp(-MAX_NOISE, MAX_NOISE) for u in draws[cfg.num_policy_samples :]]
+    mean, std = zero, zero
     for iteration in range(cfg.num_iterations):
-        candidates = []
-        for s in range(cfg.num_samples):
-            u = (mean + std * noise[iteration][s]).clamp(-cfg.max_noise, cfg.max_noise) * mask
-            if s >= cfg.num_prior_samples:
-                candidates.append((u, rollout(actions=nominal + sigma * u)[0]))
-            elif iteration == 0:
-                value, actions = rollout(u=u)
-                u = ((actions - nominal) / sigma.clamp_min(1e-6)).clamp(-cfg.max_noise, cfg.max_noise)
-                own.append((u, value))
-        candidates = own + candidates
-        returns = torch.stack([value for _, value in candidates])
+        if iteration > 0:
+            others = [(mean + std * u).clamp(-MAX_NOISE, MAX_NOISE) * mask for u in noise[iteration]]
+        candidates = known + others
+        returns = torch.tensor([value(u) for u in candidates], dtype=mu.dtype)
         spread = returns.std(unbiased=False)
         score = (returns - returns.mean()) / spread
         best = sorted(range(len(candidates)), key=lambda s: -score[s].item())[: cfg.num_elites]
-        weight = torch.stack([(cfg.temperature * score[s]).exp() for s in best])
+        weight = (cfg.temperature * score[best]).exp()
         weight = weight / weight.sum()
-        mean = sum(w * candidates[s][0] for w, s in zip(weight, best, strict=True))
-        variance = sum(w * (candidates[s][0] - mean) ** 2 for w, s in zip(weight, best, strict=True))
-        std = variance.sqrt().clamp(cfg.min_std, 1.0)
-    plan_return, _ = rollout(actions=nominal + sigma * mean)
-    return mu + sigma * mean[0], (plan_return - nominal_return) / spread
-
-
-def literal_planner(model, cfg, gamma, seed):
-    return MPPIPlanner(LiteralImagination(model, cfg.horizon, gamma), cfg, seed)
-
-
-def fast_planner(model, cfg, gamma, seed):
-    return MPPIPlanner(Imagination(model, cfg, gamma), cfg, seed)
+        mean = sum(w * candidates[s] for w, s in zip(weight, best, strict=True))
+        variance = sum(w * (candidates[s] - mean) ** 2 for w, s in zip(weight, best, strict=True))
+        std = variance.sqrt().clamp(MIN_STD, 1.0)
+    first = mean[0] * mask
+    first = first * min(1.0, (2.0 * cfg.max_acting_kl) ** 0.5 / first.norm().clamp_min(1e-12).item())
+    mean = torch.cat([first.unsqueeze(0), mean[1:]])
+    policy, gradient, plan = returns[0].item(), returns[2].item(), value(mean)
+    if plan < gradient:
+        first = shift * mask
+    return mu + sigma * first, (max(plan, gradient) - policy) / spread.item()

@@ -1,6 +1,7 @@
 """The learning benchmark: finished runs are not repeated, crashes are reported, figures are those of the curves."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import benchmark_learning
 from benchmark_arms import ARMS, SUITES, TASKS
-from benchmark_report import interval, reached, rival_levels, smooth, write_report
+from benchmark_report import COLOURS, interval, reached, rival_levels, smooth, write_report
+
+from m3po.cli.overrides import assign, parse_value
+from m3po.config import AlgorithmCfg
+from m3po.validation import validate
 
 
 @pytest.fixture
@@ -106,7 +111,45 @@ def test_arms_are_what_they_are_called(calls, tmp_path):
                 assert command[command.index("--algo") + 1] == arm.algo
                 for override in arm.overrides_on(task):
                     assert override in command
-    assert ARMS["ppo-shipped"].overrides_on("Isaac-Ant-v0") == ()
+    assert ARMS["ppo-shipped"].overrides_on("Isaac-Ant-v0") == ARMS["m3po"].overrides_on("Isaac-Ant-v0") == ()
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.algo == "m3po"])
+def test_overrides_of_an_arm_of_m3po_make_a_configuration_that_can_run(name):
+    """Nothing is misspelt, and no part is on whose model is off."""
+    cfg = AlgorithmCfg()
+    for override in ARMS[name].overrides:
+        path, text = override.split("=")
+        before = dataclasses.asdict(cfg)
+        assign(cfg, path.removeprefix("agent.algorithm."), parse_value(text), "agent.algorithm")
+        assert dataclasses.asdict(cfg) != before, f"{override} is the default"
+    validate(cfg, 512, 8)
+
+
+def test_stored_runs_are_those_of_the_arms_that_they_are_called():
+    """A stored run is not repeated, so that it must not stand in for another arm."""
+    paths = sorted(benchmark_learning.DATA.glob("*/*/seed*.json"))
+    assert len(paths) > 50
+    for path in paths:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert (record["task"], record["arm"]) == path.parts[-3:-1]
+        if record["arm"] in ARMS:
+            words = record["command"].split()
+            assert words[words.index("--algo") + 1] == ARMS[record["arm"]].algo
+            assert set(ARMS[record["arm"]].overrides_on(record["task"])) <= set(words), path
+
+
+def test_runs_of_version_0_1_are_drawn_and_in_the_table(calls, tmp_path):
+    """Their arm exists as stored data alone."""
+    benchmark_learning.run("Isaac-Ant-v0", "m3po", 11, 0)
+    benchmark_learning.run("Isaac-Ant-v0", "ppo-tuned", 11, 0)
+    (tmp_path / "Isaac-Ant-v0" / "m3po").rename(tmp_path / "Isaac-Ant-v0" / "m3po-0.1")
+    path = tmp_path / "Isaac-Ant-v0" / "m3po-0.1" / "seed11.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"arm": "m3po-0.1"}))
+    assert "m3po-0.1" not in ARMS
+    assert "m3po-0.1" in COLOURS
+    assert "\nm3po-0.1                     1" in write_report(tmp_path)
+    assert (tmp_path / "Isaac-Ant-v0.png").stat().st_size > 5000
 
 
 def test_rollouts_of_the_default_mode_are_as_long_as_the_arms_believe(run_script):

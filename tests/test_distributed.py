@@ -25,6 +25,9 @@ def free_port() -> int:
 
 TRAININGS = ("one task", "two tasks")
 
+CLOSE = 1e-8
+"""Relative difference in float64: 10,000 times what was measured, and less than any rounding to float32."""
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, dict]:
@@ -39,16 +42,17 @@ def trained(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.parametrize("which", TRAININGS)
 def test_two_processes_learn_what_one_learns(trained, which):
-    """Policy, critic, both models and all normalisers after five iterations; the gradients of every policy step."""
+    """Networks, gates and all normalisers after five iterations; the gradients of every policy step."""
     one, first, second = (trained[key][which] for key in ("1-0", "2-0", "2-1"))
     for name, network in one["networks"].items():
         for key, value in network.items():
-            torch.testing.assert_close(first["networks"][name][key], value, rtol=1e-4, atol=3e-5, msg=f"{name} {key}")
+            torch.testing.assert_close(first["networks"][name][key], value, rtol=CLOSE, atol=1e-10, msg=f"{name} {key}")
     for here, there in zip(first["gradients"], one["gradients"], strict=True):
-        assert (here - there).norm() < 1e-3 * there.norm()
+        assert (here - there).norm() < CLOSE * there.norm()
     assert first["learning_rate"] == pytest.approx(one["learning_rate"])
-    assert one["rows"][-1]["planner/share"] == 1.0 and one["rows"][0]["bonus/mean_abs"] > 0.0
-    assert max(row["ahead/kl"] for row in one["rows"]) > 0.0
+    assert one["rows"][-1]["planner/share"] >= 0.5  # where the gates let plans act
+    assert one["rows"][0]["bonus/mean_abs"] > 0.0
+    assert max(row["plan/kl"] for row in one["rows"]) > 0.0
     for name, network in first["networks"].items():
         for key, value in network.items():
             assert torch.equal(second["networks"][name][key], value), f"{name} {key}"
@@ -66,13 +70,13 @@ def test_two_processes_report_what_one_reports(trained, which):
         assert len({frozenset(row) for row in rows}) == 1
         for key, value in rows[0].items():
             if not key.startswith(("time_", "seconds", "steps_per_second", "gpu_memory")):
-                assert rows[1][key] == pytest.approx(value, rel=1e-3, abs=2e-5), key
+                assert rows[1][key] == pytest.approx(value, rel=CLOSE, abs=1e-10), key
                 assert rows[2][key] == rows[1][key], key
 
 
 def test_m3po_under_rsl_rls_runner_and_ppo_under_ours_stay_the_same_in_all_processes(trained):
     first, second = trained["2-0"]["others"], trained["2-1"]["others"]
-    assert set(first) == {"M3PO, stock runner", "PPO"}
+    assert set(first) == {"M3PO, stock runner", "PPO", "PPO, two tasks"}
     for name, policy in first.items():
         assert torch.equal(policy, second[name]), name
 

@@ -112,10 +112,10 @@ def test_too_few_environments_are_refused_before_anything_starts(tmp_path: Path)
 
 
 def test_acting_needs_little_memory_and_leaves_the_training_alone() -> None:
-    """The ring and the mini-batches of the training are not for a process that only acts."""
-    cfg = {"seed": 1, "algorithm": {"num_mini_batches": 64, "world_model": {"size": "1M", "ring_transitions": 9}}}
+    """The replay buffer and the mini-batches of the training are not for a process that only acts."""
+    cfg = {"seed": 1, "algorithm": {"num_mini_batches": 64, "world_model": {"width": 64, "replay_transitions": 9}}}
     acting = acting_cfg(cfg)
-    assert acting["algorithm"] == {"num_mini_batches": 1, "world_model": {"size": "1M", "ring_transitions": 0}}
+    assert acting["algorithm"] == {"num_mini_batches": 1, "world_model": {"width": 64, "replay_transitions": 0}}
     assert cfg["algorithm"]["num_mini_batches"] == 64
-    assert cfg["algorithm"]["world_model"]["ring_transitions"] == 9
+    assert cfg["algorithm"]["world_model"]["replay_transitions"] == 9
     assert acting_cfg({"algorithm": {"num_mini_batches": 64}}) == {"algorithm": {"num_mini_batches": 1}}

@@ -1,78 +1,76 @@
-"""Building blocks: two-hot regression, SimNorm, Mish, sizes, per-task statistics."""
+"""Building blocks: SimNorm, layers, task embeddings, per-task statistics."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from m3po.config import MODEL_SIZES, WorldModelCfg
-from m3po.models import WorldModel
-from m3po.models.layers import Mish, SimNorm
+from m3po.models.layers import SimNorm, head, trunk
 from m3po.models.normalizers import RewardStatistics, TaskNormalizer
-from m3po.models.task_policy import TaskHead
-from m3po.models.two_hot import TwoHot, symexp, symlog
-
-
-def test_symlog_round_trip():
-    x = torch.tensor([-1e4, -3.0, -0.01, 0.0, 0.5, 7.0, 1e4])
-    torch.testing.assert_close(symexp(symlog(x)), x, rtol=1e-4, atol=1e-6)
-
-
-def test_two_hot_round_trip_and_clamp():
-    two_hot = TwoHot(101, (-10.0, 10.0))
-    x = torch.linspace(-200.0, 200.0, 401)
-    target = two_hot.encode(x)
-    torch.testing.assert_close(target.sum(-1), torch.ones_like(x))
-    assert (target > 0).sum(-1).max() <= 2
-    # Interpolation is linear in symlog space, so decoding the expectation there is exact.
-    torch.testing.assert_close(symexp(target @ two_hot.bins), x, rtol=1e-3, atol=1e-3)
-    assert two_hot.encode(torch.tensor(1e9))[-1] == 1.0
-    # The cross-entropy of the target with itself is the smallest one.
-    logits = (target + 1e-9).log()
-    expected = -(target * torch.log_softmax(logits, -1)).sum(-1)
-    torch.testing.assert_close(two_hot.cross_entropy(logits, x), expected, rtol=1e-4, atol=1e-5)
-    assert (two_hot.cross_entropy(logits, x) <= two_hot.cross_entropy(torch.roll(logits, 5, -1), x)).all()
-
-
-def test_two_hot_hand_computed():
-    two_hot = TwoHot(5, (-2.0, 2.0))  # bins -2, -1, 0, 1, 2
-    target = two_hot.encode(symexp(torch.tensor(0.25)))
-    torch.testing.assert_close(target, torch.tensor([0.0, 0.0, 0.75, 0.25, 0.0]))
+from m3po.models.task_policy import TaskHead, embed, new_embedding
 
 
 def test_simnorm_groups_sum_to_one():
-    logits, base = 3 * torch.randn(3, 64), torch.rand(3, 64) + 0.1
+    logits = 3 * torch.randn(3, 64)
     expected = torch.softmax(logits.view(3, 8, 8), -1).flatten(1)
     torch.testing.assert_close(SimNorm(8)(logits), expected)
-    expected = torch.softmax((logits + base.log()).view(3, 8, 8), -1).flatten(1)
-    torch.testing.assert_close(SimNorm(8)(logits, base), expected)
     extreme = SimNorm(8)(1e6 * torch.randn(3, 64))
     torch.testing.assert_close(extreme.view(3, 8, 8).sum(-1), torch.ones(3, 8))
 
 
-def test_mish_without_gradients_is_mish():
-    x = torch.linspace(-60, 60, 2001)
+def test_a_trunk_is_linear_norm_and_silu_of_the_widths():
+    layers = trunk(3, [5, 7])
+    assert [type(layer).__name__ for layer in layers] == ["Linear", "LayerNorm", "SiLU"] * 2
+    assert layers(torch.randn(2, 3)).shape == (2, 7)
+    assert trunk(3, [5])(torch.randn(2, 3)).shape == (2, 5)
+
+
+def test_a_head_that_starts_at_zero_still_learns():
+    layer = head(4, 2, zero=True)
+    x = torch.randn(3, 4)
+    assert not layer(x).any()
+    layer(x).sum().backward()
+    assert layer.weight.grad.any()
+    assert head(4, 2)(x).all()
+
+
+def test_task_embeddings_have_norm_one():
+    table = new_embedding(3, 8)
+    assert table.norm(dim=-1).max() < 3.0
     with torch.no_grad():
-        torch.testing.assert_close(Mish()(x), F.mish(x), rtol=1e-5, atol=1e-6)
+        table[1] = 10.0
+    e = embed(table, torch.tensor([[0, 1], [2, 1]]))
+    assert e.shape == (2, 2, 8)
+    torch.testing.assert_close(e.norm(dim=-1), torch.ones(2, 2))
+    torch.testing.assert_close(e[0, 0], table[0] / table[0].norm())
+    e[0, 1, 0].backward()
+    assert table.grad[0].abs().sum() == 0.0
+    assert table.grad[1].any()
 
 
-@pytest.mark.parametrize("size", ["1M", "5M", "19M", "48M"])
-def test_sizes_are_what_their_name_says(size):
-    with torch.device("meta"):
-        model = WorldModel(60, 8, 1, WorldModelCfg(size=size))
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    assert abs(millions / float(size[:-1]) - 1.0) < 0.1
-    assert MODEL_SIZES[size][0] % 8 == 0
+def test_what_is_normalised_can_be_inverted():
+    normalizer = TaskNormalizer(2, 3, [3, 1])
+    task = torch.arange(40) % 2
+    rows = torch.randn(40, 3) * (task + 2).unsqueeze(1) + 5
+    normalizer.update(rows, task)
+    torch.testing.assert_close(normalizer.invert(normalizer(rows, task), task), rows, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normalizer.deviation()[1], rows[1::2].std(0, unbiased=False) + 1e-2)
 
 
-def test_task_embedding_norm_is_at_most_one():
-    model = WorldModel(4, 2, 3, WorldModelCfg(size="tiny", task_embedding_dim=8))
-    with torch.no_grad():
-        model.task_embedding[1] = 10.0
-    e = model.embed(torch.tensor([0, 1, 2]))
-    assert e.shape == (3, 8)
-    assert e.norm(dim=-1).max() <= 1.0 + 1e-6
-    e[1].sum().backward()
-    assert model.task_embedding.grad[0].abs().sum() == 0.0
+@pytest.mark.parametrize("memory", [0.0, 100.0])
+def test_old_rows_are_forgotten(memory):
+    """They weigh as much as ``memory`` rows at most, against those that are new."""
+    normalizer, statistics = TaskNormalizer(1, 1, eps=0.0, memory=memory), RewardStatistics(1, memory=memory)
+    task = torch.zeros(100, dtype=torch.long)
+    falls = torch.arange(100) < 50
+    for value in [0.0] * 20 + [8.0]:
+        rows = torch.full((100,), value)
+        normalizer.update(rows.unsqueeze(1), task)
+        statistics.update(rows, falls, task)
+    part = 100 / (100 + memory)
+    torch.testing.assert_close(normalizer.mean[0, 0], torch.tensor(8.0 * part))
+    torch.testing.assert_close(normalizer.var[0, 0], torch.tensor(64.0 * part * (1 - part)))
+    torch.testing.assert_close(statistics.square[0], torch.tensor(64.0 * part))
+    torch.testing.assert_close(statistics.terminal[0], torch.tensor(8.0 * part))
+    assert statistics.rate[0] == 0.5
 
 
 def test_task_normalizer_matches_the_whole_data_and_keeps_tasks_apart():

@@ -9,18 +9,18 @@ import pytest
 import torch
 from rsl_rl.runners import OnPolicyRunner
 from toy_env import PointEnv, runner_cfg
+from toy_gates import open_gates
 
-from m3po.algorithms import M3PO
-from m3po.algorithms.behaviour_metrics import behaviour_metrics
+from m3po.algorithms import M3PO, model_learning
+from m3po.algorithms.behaviour_metrics import behaviour_metrics, measure_realised_gain
+from m3po.algorithms.gates import FULL_REALISED, LEAST_SHARE
 from m3po.config import AlgorithmCfg, from_dict
 from m3po.errors import CheckpointError, UserError
-from m3po.presets import paper_preset
+from m3po.presets import MODES
 from m3po.runners import M3PORunner
-from m3po.runners.checkpoint import read_checkpoint
+from m3po.runners.checkpoint import FORMAT, read_checkpoint, write_checkpoint
 from m3po.runners.episode_statistics import EpisodeStatistics
 from m3po.validation import validate
-
-OPEN = {"min_skill": None, "min_reward_ev": None}
 
 
 def build(num_envs=16, **algorithm):
@@ -43,17 +43,17 @@ def weights(run):
 @pytest.mark.parametrize("execution", ["projected", "mppi"])
 def test_behaviour_density_against_monte_carlo(execution):
     """``E_beta[q / beta] = 1`` for any density q: the stored ``log beta`` must be that of the executed actions."""
-    env, algorithm = build(10_000, planner={"share": 1.0, "execution": execution, "max_kl": 0.5, **OPEN})
-    algorithm.model.reward_head.weight.data.normal_(std=0.5)
+    env, algorithm = build(10_000, planner={"share": 1.0, "execution": execution, "max_acting_kl": 0.5})
+    open_gates(algorithm).model.transition[1].weight.data.normal_(std=0.5)
     obs = env.get_observations()
     obs["policy"][:] = 0.1
-    decision = algorithm.behaviour.improve(obs, algorithm.behaviour.prior(obs))
+    decision = algorithm.behaviour.plan(obs, algorithm.behaviour.sample(obs))
     assert decision.planned.all()
     assert (decision.log_beta - decision.log_pi).abs().mean() > 0.01
     q = torch.distributions.Normal(decision.mean, 0.5 * decision.std).log_prob(decision.actions).sum(-1)
     estimate = torch.exp(q - decision.log_beta)
     assert abs(estimate.mean() - 1.0) < 5 * estimate.std() / 100.0 + 0.01
-    # A wrong density must fail this test: the prior's own is not that of the executed actions.
+    # A wrong density must fail this test: the policy's own is not that of the executed actions.
     if execution == "projected":
         kl = 0.5 * ((decision.plan_mean - decision.mean) / decision.std).square().sum(-1)
         assert kl.max() <= 0.5 + 1e-5
@@ -62,25 +62,44 @@ def test_behaviour_density_against_monte_carlo(execution):
 
 
 def test_the_planned_share_rotates():
-    _, algorithm = build(planner={"share": 0.25, **OPEN})
+    _, algorithm = build(planner={"share": 0.25})
+    open_gates(algorithm)
     seen = []
     for _ in range(4):
         obs = algorithm.storage.obs[0].clone()
-        seen.append(algorithm.behaviour.improve(obs, algorithm.behaviour.prior(obs)).planned)
+        seen.append(algorithm.behaviour.plan(obs, algorithm.behaviour.sample(obs)).planned)
         algorithm.behaviour.rotate()
     assert (torch.stack(seen).sum(0) == 1).all()
 
 
-def test_the_gate_keeps_a_bad_model_from_planning():
-    _, algorithm = build()
-    assert not algorithm.behaviour.planner_on.any()
-    for skill, ev, on in ((0.5, 0.5, True), (0.1, 0.5, False), (0.5, 0.1, False)):
-        algorithm.behaviour.gate(torch.tensor([skill]), torch.tensor([ev]))
-        assert algorithm.behaviour.planner_on.item() == on
+def test_the_gates_say_how_many_environments_are_planned():
+    _, algorithm = build(64)
+    behaviour, gates = algorithm.behaviour, algorithm.gates
+    assert len(behaviour.planned_ids) == 0
+    most = 0.25 * 64
+    for gain, realised, planned in (
+        (0.5, 1.0, most),
+        (-0.1, 1.0, 0),  # the model's gradient points nowhere
+        (0.5, FULL_REALISED / 2, most / 2),
+        (0.5, -1.0, LEAST_SHARE * most),
+    ):
+        gates.gain.fill_(gain)
+        gates.realised.fill_(realised)
+        behaviour.rotate()
+        assert len(behaviour.planned_ids) == planned
+
+
+@pytest.mark.parametrize(("num_envs", "planned"), [(1, 0), (4, 1), (8, 1), (16, 1), (64, 2)])
+def test_a_small_share_goes_on_measuring(num_envs, planned):
+    """A share that rounds to nothing would never be measured again, whatever the plans come to be worth."""
+    _, algorithm = build(num_envs)
+    algorithm.gates.realised.fill_(-1.0)
+    open_gates(algorithm)
+    assert len(algorithm.behaviour.planned_ids) == planned
 
 
 def test_stock_runner_contract(tmp_path):
-    run = train(runner_cfg(planner=OPEN), log_dir=str(tmp_path), runner=OnPolicyRunner)
+    run = train(runner_cfg(), log_dir=str(tmp_path), runner=OnPolicyRunner)
     policy = run.get_inference_policy("cpu")
     obs = run.env.get_observations()
     assert policy(obs).shape == (16, 2)
@@ -95,7 +114,7 @@ def test_stock_runner_contract(tmp_path):
 
 
 def test_same_seed_same_result_bit_for_bit():
-    cfg = runner_cfg(planner=OPEN, bonus={"alpha": 0.3})
+    cfg = runner_cfg(policy_average_decay=0.9)
     first, second = train(cfg), train(cfg)
     assert torch.equal(weights(first), weights(second))
     other = train(cfg | {"seed": 7})
@@ -103,7 +122,7 @@ def test_same_seed_same_result_bit_for_bit():
 
 
 def test_reports_and_checkpoints(tmp_path, capsys):
-    run = train(runner_cfg(planner=OPEN, bonus={"alpha": 0.3}) | {"task": "Point"}, 4, str(tmp_path))
+    run = train(runner_cfg() | {"task": "Point"}, 4, str(tmp_path))
     with open(tmp_path / "progress.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["iteration"]) for r in rows] == [0, 1, 2, 3]
@@ -122,10 +141,19 @@ def test_reports_and_checkpoints(tmp_path, capsys):
         "policy/clipped_share",
         "policy/value_ev",
         "bonus/mean_abs",
-        "model/skill_1",
-        "model/error_H",
+        "bonus/alpha",
+        "bonus/gap",
+        "plan/gain",
+        "plan/max_kl",
+        "plan/kl",
+        "plan/cosine",
+        "planner/realised_gain",
+        "gate/gain",
+        "gate/realised",
+        "gate/rewarded",
+        "model/skill",
         "model/reward_ev",
-        "model/value_ev",
+        "loss/critic_replay",
     )
     for name in wanted:
         assert rows[-1][name] != "", name
@@ -205,9 +233,14 @@ def test_several_processes_are_refused(monkeypatch):
         ({"num_mini_batches": 1000}, "128 samples"),
         ({"planner": {"num_elites": 99, "num_samples": 8}}, "num_elites"),
         ({"planner": {"share": 1.5}}, "share"),
+        ({"planner": {"num_samples": 5}}, "at least 6, four of the gradient"),
+        ({"planner": {"num_policy_samples": 5}}, "at least 9, four of the gradient"),
         ({"ratio": "nonsense"}, "decoupled, prior"),
-        ({"world_model": {"size": "7M"}}, "micro, tiny"),
+        ({"world_model": {"features": 12}}, "multiple of 8, got 12"),
+        ({"world_model": {"features": 0, "anchor": False}}, "positive without the anchor"),
         ({"world_model": {"horizon": 9}}, "exceeds the 8 steps"),
+        ({"world_model": {"steps_per_iteration": 0}}, "the world model that it needs is not trained"),
+        ({"critic_replay": {"steps_per_iteration": 0}}, "the critic would learn nothing"),
     ],
 )
 def test_bad_configurations_are_refused_with_what_is_allowed(values, message):
@@ -225,7 +258,7 @@ def test_unknown_fields_are_listed():
 
 def test_learns_to_stay_at_the_origin():
     """A few seconds of training beat the starting policy clearly, with the planner allowed once its model is good."""
-    cfg = runner_cfg(planner={"share": 0.5}, use_clipped_value_loss=False, gamma=0.95)
+    cfg = runner_cfg(planner={"share": 0.5}, gamma=0.95, critic_replay={"steps_per_iteration": 32, "batch_size": 256})
     cfg |= {"max_iterations": 40, "num_steps_per_env": 10}
     torch.manual_seed(1)
     run = M3PORunner(PointEnv(128), cfg, device="cpu")
@@ -246,7 +279,7 @@ def test_learns_to_stay_at_the_origin():
 
 def test_paper_mode_plans_everywhere_on_the_same_code_path(tmp_path):
     cfg = runner_cfg()
-    paper = dataclasses.asdict(paper_preset("cpu"))
+    paper = dataclasses.asdict(MODES["paper"]())
     paper["world_model"] |= {"steps_per_iteration": 4, "batch_size": 64}
     cfg["algorithm"] = {"class_name": cfg["algorithm"]["class_name"], **paper}
     train(cfg, 3, str(tmp_path))
@@ -274,59 +307,68 @@ def test_success_is_the_tasks_rate_and_stale_logs_count_once():
     assert result["mean_step_reward"] == 20.0 / 8
 
 
-def test_the_planner_uses_what_the_model_has_just_learnt_or_loaded():
-    """It plans with copies of the weights; training and loading must reach them without being told."""
-    run = train(runner_cfg(planner=OPEN), 2)
-    algorithm, obs = run.alg, run.env.get_observations()
-    act = torch.inference_mode()(algorithm.act)
-    packed, head = algorithm.behaviour.imagination.model, algorithm.model.value_head[-1]
-    act(obs)
-    assert torch.equal(packed.value.weight, head.weight)
-    earlier, state = head.weight.clone(), copy.deepcopy(algorithm.save())
-    algorithm.storage.clear()
-    run.learn(1)
-    act(obs)
-    assert torch.equal(packed.value.weight, head.weight)
-    assert not torch.equal(head.weight, earlier)
-    algorithm.load(state, None, True)
-    act(obs)
-    assert torch.equal(packed.value.weight, earlier)
-
-
-def test_stages_change_the_planned_share_during_training(tmp_path):
-    cfg = runner_cfg(planner={**OPEN, "share": 1.0, "stages": [[0.5, {"share": 0.25}]]})
-    train(cfg, 4, str(tmp_path))  # max_iterations is 4
-    with open(tmp_path / "progress.csv", encoding="utf-8") as file:
-        assert [float(r["planner/share"]) for r in csv.DictReader(file)] == [1.0, 1.0, 0.25, 0.25]
-
-
-def test_extra_model_steps_fall_to_none():
-    cfg = runner_cfg(world_model={"steps_per_iteration": 2, "extra_steps": 4, "extra_iterations": 2})
+def test_extra_model_steps_are_taken_at_first_and_fewer_where_nothing_needs_the_model(monkeypatch):
+    monkeypatch.setattr(model_learning, "EXTRA_ITERATIONS", 2)
+    cfg = runner_cfg(world_model={"steps_per_iteration": 8, "extra_steps": 4})
     run = M3PORunner(PointEnv(16), cfg, log_dir=None, device="cpu")
-    sample, counts = run.alg.ring.sample, []
-    run.alg.ring.sample = lambda *args: counts.append(run.alg.iteration) or sample(*args)
+    gates, sample, counts = run.alg.gates, run.alg.replay.sample, []
+    run.alg.replay.sample = lambda *args: counts.append(run.alg.iteration) or sample(*args)
+    gates.update_gain = gates.update_rewarded = lambda *args: None
     run.learn(3)
-    assert [counts.count(i) for i in range(3)] == [2 + 4, 2 + 2, 2]
-
-
-def test_a_checkpoint_from_before_several_tasks_still_resumes():
-    run = train(runner_cfg(planner=OPEN), 2)
-    state = copy.deepcopy(run.alg.save())
-    expected = run.alg.behaviour.state()
-    state["m3po_state"] |= {name: values[0] for name, values in expected.items()}
-    _, again = build(planner=OPEN)
-    again.load(state, None, True)
-    assert again.behaviour.state() == expected
+    assert [counts.count(i) for i in range(3)] == [8 + 4, 8 + 4, 8]  # nothing is rewarded yet
+    gates.rewarded.fill_(1.0)
+    run.learn(1)
+    assert counts.count(3) == 2
+    gates.gain.fill_(1.0)
+    run.learn(1)
+    assert counts.count(4) == 8
 
 
 def test_realised_gain_compares_planned_environments_with_the_others():
-    _, algorithm = build(planner={"share": 0.25, **OPEN})
-    st = algorithm.storage
+    _, algorithm = build(planner={"share": 0.25})
+    st, gates = algorithm.storage, algorithm.gates
     st.std.fill_(1.0)
     st.planned[:, :4] = True
     st.advantages[:, :4], st.advantages[:, 4:] = 0.5, -0.25
     metrics = behaviour_metrics(st, torch.ones_like(st.values), 1, "projected")
-    assert metrics["planner/realised_gain"] == 0.75
     assert metrics["planner/share"] == 0.25
+    assert measure_realised_gain(st, gates)["planner/realised_gain"] == 0.75
+    known = gates.realised.item()
+    assert FULL_REALISED < known < 0.75
     st.planned[:] = True
-    assert behaviour_metrics(st, torch.ones_like(st.values), 1, "projected")["planner/realised_gain"] == 0.0
+    assert measure_realised_gain(st, gates)["planner/realised_gain"] == 0.0
+    assert gates.realised.item() == known  # nothing to compare with says nothing
+
+
+def test_plans_are_made_learnt_from_and_acted_on_where_the_gates_are_open(tmp_path):
+    torch.manual_seed(0)
+    run = M3PORunner(PointEnv(16), runner_cfg(), str(tmp_path), "cpu")
+    open_gates(run.alg)
+    run.learn(4)
+    with open(tmp_path / "progress.csv", encoding="utf-8") as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    assert all(row["planner/share"] == 0.25 for row in rows)
+    assert all(0.0 < row["planner/kl"] <= 0.301 for row in rows[1:])
+    assert all(0.0 < row["plan/kl"] <= 1.2 * row["plan/max_kl"] for row in rows[1:])
+    assert all(row["plan/cosine"] > 0.3 for row in rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (3, "written by an earlier version, whose networks were different"),
+        (FORMAT + 1, f"this version reads format {FORMAT}"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(version, message, tmp_path):
+    run = train(runner_cfg(), 1, str(tmp_path))
+    content = read_checkpoint(tmp_path / "model_last.pt")
+    assert content["m3po"]["format"] == FORMAT == 4
+    content["m3po"]["format"] = version
+    write_checkpoint(tmp_path / "other.pt", content)
+    before = weights(run)
+    with pytest.raises(CheckpointError, match=message) as error:
+        run.load(str(tmp_path / "other.pt"))
+    assert "\n" not in str(error.value)
+    assert ("train again" in str(error.value)) == (version < FORMAT)
+    assert torch.equal(weights(run), before)

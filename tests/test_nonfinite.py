@@ -14,8 +14,10 @@ import torch
 from conftest import REPOSITORY, run_process
 from tensordict import TensorDict
 from toy_env import PointEnv, runner_cfg
+from toy_gates import open_gates
 
-from m3po.algorithms import M3PO
+from m3po.algorithms import M3PO, step_guard
+from m3po.algorithms.checkpoint_parts import LEARNERS
 from m3po.algorithms.step_guard import BACK_OFF, StepGuard
 from m3po.cli.replay_nonfinite import describe, read_recording, replay
 from m3po.cli.replay_nonfinite import run as run_replay
@@ -27,7 +29,6 @@ from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
 from m3po.runners.quarantine import Quarantine
 
-OPEN = {"min_skill": None, "min_reward_ev": None}
 VALUES = (math.nan, math.inf, -math.inf, 1e20)
 
 
@@ -89,12 +90,14 @@ class Resettable(Faulty):
 
 
 def cfg(**algorithm):
-    return runner_cfg(planner=OPEN, **algorithm) | {"obs_groups": {"actor": ["policy"], "critic": ["policy", "extra"]}}
+    return runner_cfg(**algorithm) | {"obs_groups": {"actor": ["policy"], "critic": ["policy", "extra"]}}
 
 
 def train(env, log_dir=None, iterations=2, **values):
     torch.manual_seed(0)
     run = M3PORunner(env, copy.deepcopy(cfg()) | values, log_dir=log_dir and str(log_dir), device="cpu")
+    if isinstance(run.alg, M3PO):
+        open_gates(run.alg)
     run.learn(iterations)
     return run
 
@@ -287,7 +290,7 @@ def test_tasks_are_reset_and_counted_apart(tmp_path, capsys):
     process = ProcessMember("away", "test_nonfinite:faulty_member", {}, seed=0)
     env = MultiTaskVecEnv([Member("here", here), Member("away", process), Member("fixed", fixed)], "cpu")
     try:
-        several = runner_cfg(planner=OPEN, normalize_values=True)
+        several = runner_cfg()
         run = M3PORunner(env, several, str(tmp_path), "cpu")
         run.learn(1)
     finally:
@@ -352,18 +355,15 @@ def test_a_recording_is_printed_and_replayed(tmp_path, capsys):
 # -- losses and gradients ---------------------------------------------------------------------------------------------
 
 
-def guarded(restore_after=3):
+def guarded():
     torch.manual_seed(0)
     network = torch.nn.Linear(4, 1)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.1, fused=True)
-    return network, StepGuard("toy", optimizer, [network], restore_after)
+    return network, StepGuard("toy", optimizer, [network], 1.0)
 
 
 def guarded_step(network, guard, factor=1.0):
-    loss = factor * network(torch.ones(8, 4)).square().mean()
-    guard.optimizer.zero_grad()
-    guard.backward(loss)
-    guard.step(torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0))
+    guard.step(factor * network(torch.ones(8, 4)).square().mean())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -388,8 +388,9 @@ def test_a_bad_step_is_skipped_and_followed_by_smaller_ones(value, capsys):
     assert guard.read() == (0, 0)
 
 
-def test_several_in_a_row_restore_the_last_good_state(capsys):
-    network, guard = guarded(3)
+def test_several_in_a_row_restore_the_last_good_state(capsys, monkeypatch):
+    monkeypatch.setattr(step_guard, "RESTORE_AFTER", 3)
+    network, guard = guarded()
     for _ in range(3):
         guarded_step(network, guard, math.nan)
     assert "no good state yet" in capsys.readouterr().out
@@ -437,37 +438,44 @@ def test_what_an_environment_shows_that_cannot_be_reset_stays_out_of_the_normali
     assert lowest[0, 0] > 2.0  # zeros would have pulled it down
 
 
-@pytest.mark.parametrize("learner", ["policy", "model"])
+@pytest.mark.parametrize("learner", LEARNERS)
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_training_goes_on_after_a_bad_update(learner, kind, tmp_path):
+def test_training_goes_on_after_a_bad_update(learner, kind, tmp_path, monkeypatch):
+    """The second step of each learner, one at a time."""
     torch.manual_seed(0)
-    run = M3PORunner(PointEnv(16), runner_cfg(planner=OPEN), str(tmp_path), "cpu")
-    parameter = next((run.alg.actor if learner == "policy" else run.alg.model).parameters())
-    calls = []
+    run = M3PORunner(PointEnv(16), runner_cfg(), str(tmp_path), "cpu")
+    guard, calls = getattr(open_gates(run.alg), learner).guard, []
+    step, clip = guard.step, torch.nn.utils.clip_grad_norm_
+
+    def spoilt(loss, weight=1.0):
+        calls.append(1)
+        if len(calls) == 2 and kind == "loss":
+            loss = loss + math.nan  # its derivative is finite
+        return step(loss, weight)
+
+    def spoilt_gradient(parameters, norm):
+        parameters = list(parameters)
+        if len(calls) == 2 and parameters[0] is guard.clipped[0][0]:
+            next(p for p in parameters if p.grad is not None).grad[...] = math.nan
+        return clip(parameters, norm)
+
+    guard.step = spoilt
     if kind == "gradient":
-
-        def spoil(gradient):
-            calls.append(1)
-            return gradient * math.nan if len(calls) == 2 else gradient
-
-        parameter.register_hook(spoil)
-    else:
-        owner, name = (run.alg.policy_learner, "_losses") if learner == "policy" else (run.alg.model_learner, "losses")
-        original = getattr(owner, name)
-
-        def spoilt(batch):
-            result = original(batch)
-            terms = result[0] if learner == "policy" else result
-            calls.append(1)
-            if len(calls) == 2:
-                key = "surrogate" if learner == "policy" else "reward"
-                terms[key] = terms[key] + math.nan  # its derivative is finite
-            return result
-
-        setattr(owner, name, spoilt)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoilt_gradient)
     run.learn(2)
+    assert len(calls) > 2
     assert is_finite(run)
     assert [float(row["robust/skipped_steps"]) for row in rows(tmp_path / "progress.csv")] == [1.0, 0.0]
+
+
+def test_a_loss_of_frozen_parameters_alone_takes_no_step():
+    network, guard = guarded()
+    network.requires_grad_(False)
+    before = network.weight.clone()
+    guard.begin()
+    guarded_step(network, guard)
+    assert torch.equal(network.weight, before)
+    assert guard.read() == (0, 0)
 
 
 # -- the planner ------------------------------------------------------------------------------------------------------
@@ -475,14 +483,14 @@ def test_training_goes_on_after_a_bad_update(learner, kind, tmp_path):
 
 @pytest.mark.parametrize("execution", ["projected", "mppi"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broken_model_leaves_the_prior_in_charge_of_that_environment(execution, value, capsys):
+def test_a_broken_model_leaves_the_policy_in_charge_of_that_environment(execution, value, capsys):
     torch.manual_seed(0)
     env = PointEnv(8)
-    settings = runner_cfg(planner={"share": 1.0, "execution": execution, "num_iterations": 2, **OPEN})
+    settings = runner_cfg(planner={"share": 1.0, "execution": execution, "num_iterations": 2})
     algorithm = M3PO.construct_algorithm(env.get_observations(), env, settings, "cpu")
-    algorithm.model.reward_head.weight.data.normal_(std=0.5)
+    open_gates(algorithm).model.transition[1].weight.data.normal_(std=0.5)
     behaviour, obs = algorithm.behaviour, env.get_observations()
-    prior = behaviour.prior(obs)
+    policy = behaviour.sample(obs)
     encode, decisions = algorithm.model.encode, []
 
     def broken(o, task):
@@ -493,36 +501,40 @@ def test_a_broken_model_leaves_the_prior_in_charge_of_that_environment(execution
     for function in (encode, broken):
         algorithm.model.encode = function
         behaviour.generator.manual_seed(0)
-        behaviour.step = 0
-        decisions.append(behaviour.improve(obs, prior))
+        behaviour.step.zero_()
+        decisions.append(behaviour.plan(obs, policy))
     whole, partly = decisions
     others = torch.arange(8) != 2
     assert whole.planned.all()
     assert torch.equal(partly.planned, others)
-    assert torch.equal(partly.actions[2], prior.actions[2])
-    assert partly.log_beta[2] == prior.log_pi[2]
+    assert torch.equal(partly.actions[2], policy.actions[2])
+    assert partly.log_beta[2] == policy.log_pi[2]
     assert partly.plan_gain[2] == 0.0
-    assert not torch.equal(whole.actions[others], prior.actions[others])
+    assert not torch.equal(whole.actions[others], policy.actions[others])
     torch.testing.assert_close(partly.actions[others], whole.actions[others])
-    policy = behaviour.planner_policy()
-    assert torch.equal(policy(obs)[2], algorithm.actor(obs)[2])
+    played = behaviour.planner_policy(algorithm.actor)
+    assert torch.equal(played(obs)[2], algorithm.actor(obs)[2])
     assert behaviour.read_fallbacks() == 1 / 16
-    assert "1 of 16 plans were not finite, so the prior acted; environment 2" in capsys.readouterr().out
+    assert "1 of 16 plans were not finite, so the policy acted; environment 2" in capsys.readouterr().out
 
 
 def test_a_model_that_breaks_while_training_is_reported_and_does_not_stop_the_run(tmp_path):
     torch.manual_seed(0)
-    run = M3PORunner(PointEnv(16), runner_cfg(planner={"share": 0.5, **OPEN}), str(tmp_path), "cpu")
+    run = M3PORunner(PointEnv(16), runner_cfg(planner={"share": 0.5}), str(tmp_path), "cpu")
+    open_gates(run.alg)
     run.learn(1)
+    run.alg.gates.update_gain = lambda *args: None
     with torch.no_grad():
-        run.alg.model.reward_head.weight.fill_(math.nan)
-    run.alg.behaviour.imagination.model_changed()
+        run.alg.model.transition[1].weight.fill_(math.nan)
     run.current_learning_iteration = 1
     run.learn(3)
-    fallbacks = [float(row["planner/fallback"]) for row in rows(tmp_path / "progress.csv")]
+    table = rows(tmp_path / "progress.csv")
+    fallbacks = [float(row["planner/fallback"]) for row in table]
     assert fallbacks == [0.0, 1.0, 1.0, 0.0]
-    # Four steps in an iteration, and five in a row restore what was good.
-    assert [float(row["robust/restored"]) for row in rows(tmp_path / "progress.csv")] == [0.0, 0.0, 1.0, 0.0]
+    # Four steps in an iteration, and five in a row restore what was good. Nobody else skips any.
+    assert [float(row["robust/skipped_steps"]) for row in table] == [0.0, 4.0, 1.0, 0.0]
+    assert [float(row["robust/restored"]) for row in table] == [0.0, 0.0, 1.0, 0.0]
+    assert all(math.isfinite(float(row[name])) for row in table for name in ("bonus/gap", "loss/surrogate"))
     assert is_finite(run)
 
 

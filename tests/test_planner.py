@@ -1,49 +1,44 @@
-"""The planner: noise, optimum, invariances, trust region."""
+"""The planner: noise, optimum, invariances, trust region, and what is executed."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from literal import fast_planner, literal_planner
+from literal import LinearModel, literal_plan, literal_return, objective_of, planner_of
+from test_objective import build, in_float64
 from torch.distributions import Normal, kl_divergence
 
-from m3po.config import PlannerCfg, WorldModelCfg
+from m3po.algorithms.behaviour import Behaviour
+from m3po.config import AlgorithmCfg, PlannerCfg
 from m3po.kernels.elites import project_torch
 from m3po.kernels.sampling import philox4x32, planner_noise
-from m3po.models import WorldModel
+from m3po.planning import MPPIPlanner, Start
+from m3po.planning.mppi import MAX_NOISE
 from m3po.planning.trust_region import draw_elite, gaussian_log_prob
+from m3po.validation import validate
+
+CFG = PlannerCfg(
+    horizon=2,
+    average_horizons=False,
+    num_samples=260,
+    num_policy_samples=0,
+    num_iterations=8,
+    num_elites=24,
+    temperature=2.0,
+    max_acting_kl=float("inf"),
+)
+SMALL = PlannerCfg(num_samples=12, num_policy_samples=2, num_iterations=2, num_elites=4)
+"""Several iterations of few candidates."""
 
 
-class LinearModel:
-    """z' = z + a, reward -|z'|^2 - 0.1 |a|^2 (scaled), no falls, no terminal value, a prior that does nothing."""
-
-    def __init__(self, scale=1.0):
-        self.scale = scale
-
-    def embed(self, task):
-        return torch.zeros(*task.shape, 1)
-
-    def prior(self, z, e):
-        return torch.zeros_like(z)
-
-    def step(self, z, action, e, task):
-        z = z + action
-        return z, -self.scale * (z.square().sum(-1) + 0.1 * action.square().sum(-1)), torch.ones_like(z[..., 0])
-
-    def value(self, z, e):
-        return torch.zeros_like(z[..., 0])
-
-
-CFG = PlannerCfg(horizon=2, num_samples=256, num_prior_samples=0, num_iterations=8, num_elites=24, temperature=2.0)
-
-
-def run(model, cfg=CFG, n=6, dim=2, ids=None, mask=None, seed=0):
-    generator = torch.Generator().manual_seed(3)
-    z = torch.randn(8, dim, generator=generator)
+def start_of(n=6, dim=2, shift=None, mask=None, ids=None):
+    """Where the quadratic is planned from: the policy does nothing."""
     ids = torch.arange(n) if ids is None else ids
-    z, mu, sigma = z[ids], torch.zeros(len(ids), dim), torch.ones(len(ids), dim)
-    plan = literal_planner(model, cfg, 1.0, seed).plan(z, mu, sigma, torch.zeros_like(ids), ids, 7, mask)
-    return z, mu, sigma, plan
+    z = torch.randn(8, dim, generator=torch.Generator().manual_seed(3))[ids]
+    zero = torch.zeros(len(ids), dim)
+    mask = torch.ones(len(ids), dim, dtype=torch.bool) if mask is None else mask
+    shift = zero if shift is None else shift
+    return Start(z, zero, zero + 1.0, shift, torch.zeros_like(ids), ids, torch.tensor(7), mask)
 
 
 @pytest.mark.parametrize(
@@ -83,63 +78,266 @@ def test_noise_is_standard_normal_and_independent_of_the_batch():
         assert abs((other * noise).mean()) < 0.01
 
 
-def test_planner_finds_the_optimum_of_a_linear_quadratic_problem():
+# -- the optimum -------------------------------------------------------------------------------------------------------
+
+
+def test_mppi_finds_the_optimum_of_a_linear_quadratic_problem():
     # Backward: after the last step V_1(z) = min_a |z + a|^2 + 0.1 a^2 = z^2 / 11, at a = -10/11 z.
     # First action: min_a (1 + 1/11) |z + a|^2 + 0.1 a^2  ->  a = -(12/11) / (12/11 + 0.1) z
-    z, _, _, plan = run(LinearModel())
-    torch.testing.assert_close(plan.mean, -(12 / 11) / (12 / 11 + 0.1) * z, atol=0.05, rtol=0.0)
+    start = start_of()
+    plan = planner_of(LinearModel(), CFG).plan(start)
+    torch.testing.assert_close(plan.mean, -(12 / 11) / (12 / 11 + 0.1) * start.z, atol=0.05, rtol=0.0)
     assert (plan.gain > 0).all()
 
 
-def test_zero_iterations_are_the_prior_bit_for_bit():
-    _, mu, _, plan = run(LinearModel(), replace(CFG, num_iterations=0))
-    assert torch.equal(plan.mean, mu)
-    assert torch.equal(plan.projected, mu)
+def test_a_gradient_plan_of_the_right_length_is_the_optimum_at_once():
+    """In 24 dimensions, where a few random candidates find nothing."""
+    cfg = replace(CFG, num_samples=8, num_policy_samples=2, num_iterations=1, num_elites=2, horizon=1)
+    start = start_of(dim=24)
+    optimum = -start.z / 1.1
+    random, informed = (
+        planner_of(LinearModel(), cfg).plan(replace(start, shift=shift)).mean
+        for shift in (torch.zeros_like(optimum), optimum)
+    )
+    objective = objective_of(LinearModel(), cfg)
+    best, found, blind = (objective.returns(start.z, a, start.task) for a in (optimum, informed, random))
+    assert torch.equal(found, best)
+    assert (blind < best - 1.0).all()
+
+
+def test_planning_walks_uphill_where_the_gradient_says_so():
+    cfg = replace(CFG, num_samples=8, num_policy_samples=2, num_iterations=1, num_elites=2, max_acting_kl=0.3)
+    start = start_of(dim=6)
+    gradient = objective_of(LinearModel(), cfg).gradient(start.z, start.mu, start.sigma, start.task)
+    shift = 0.6**0.5 * gradient / gradient.norm(dim=-1, keepdim=True)
+    plan = planner_of(LinearModel(), cfg).plan(replace(start, shift=shift))
+    assert (torch.cosine_similarity(plan.mean, gradient) > 0.9).all()
+    assert (plan.gain > 0).all()
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("anchor", [True, False])
+@pytest.mark.parametrize("kernels", ["torch", "warp"])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_plan_equals_a_literal_loop_in_float64(several, anchor, kernels, iterations, monkeypatch):
+    monkeypatch.setattr("m3po.planning.mppi.CHUNK_ROWS", {"cpu": 25})  # several chunks, the last one smaller
+    cfg = replace(SMALL, num_iterations=iterations, temperature=0.7, kernels=kernels)
+    alg = build(several, anchor)
+    start = random_start(alg, 5)
+    found = MPPIPlanner(alg.objective, cfg, 11).plan(start)
+    exact = in_float64(alg.objective)
+    for i in range(5):
+        noise = []
+        for iteration in range(iterations):
+            drawn = cfg.num_samples - 4 - (cfg.num_policy_samples if iteration else 0)
+            shape = (drawn, cfg.horizon, start.mu.shape[1])
+            noise.append(planner_noise(torch.tensor([11, 3, iteration]), start.env_ids[i : i + 1], shape)[0].double())
+        row = [x[i].double() for x in (start.z, start.mu, start.sigma, start.shift)]
+        with torch.no_grad():
+            mean, gain = literal_plan(exact, cfg, *row, start.task[i], noise, start.action_mask[i])
+        torch.testing.assert_close(found.mean[i].double(), mean, atol=1e-3, rtol=1e-3)
+        assert found.gain[i].item() == pytest.approx(gain, abs=1e-2)
+
+
+def random_start(alg, n):
+    """Somewhere to plan from, with a gradient's plan inside the trust region."""
+    stream = torch.Generator().manual_seed(5)
+    dims, actions = sum(alg.objective.group_dims.values()), alg.tasks.action_mask.shape[1]
+    task = torch.arange(n) % alg.tasks.count
+    z = alg.model.encode(torch.randn(n, dims, generator=stream) * alg.model.own_dims[task], task).detach()
+    mu, sigma = torch.randn(n, actions, generator=stream), torch.rand(n, actions, generator=stream) + 0.1
+    mask = alg.tasks.action_mask[task]
+    shift = 0.3 * torch.randn(n, actions, generator=stream).clamp(-1, 1) * mask
+    return Start(z, mu, sigma, shift, task, torch.arange(n) + 50, torch.tensor(3), mask)
+
+
+# -- against the gradient's plan ---------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_never_worse_than_the_gradients_and_says_its_gain():
+    """Under the model, of what is executed and imagined after it."""
+    cfg = replace(SMALL, num_iterations=1, max_acting_kl=0.125)
+    alg = build()
+    objective, planner = alg.objective, MPPIPlanner(alg.objective, cfg, 0)
+    start = random_start(alg, 40)
+    gradient = objective.gradient(start.z, start.mu, start.sigma, start.task)
+    shift = 0.5 * gradient / gradient.norm(dim=-1, keepdim=True)
+    with torch.no_grad():
+        policy = objective.returns(start.z, start.mu, start.task)
+        gradient = objective.returns(start.z, start.mu + start.sigma * shift, start.task)
+    count = 0
+    for step in range(5):
+        start = replace(start, shift=shift, step=torch.tensor(step))
+        plan = planner.plan(start)
+        own = (plan.mean - (start.mu + start.sigma * shift)).abs().amax(-1) < 1e-6
+        # The spread of the candidates' returns is the unit of the gain.
+        predicted = plan.gain * spreads(planner, start)
+        assert (predicted >= gradient - policy - 1e-4).all()
+        torch.testing.assert_close(predicted[own], (gradient - policy)[own], atol=1e-4, rtol=1e-4)
+        count += int(own.sum())
+    assert 0 < count < 200  # both happen
+
+
+def spreads(planner, start):
+    """Std of the candidates' returns of a plan of one iteration, (n,)."""
+    seen = []
+    evaluate = planner.evaluate
+
+    def spy(*args):
+        seen.append(evaluate(*args))
+        return seen[-1]
+
+    planner.evaluate = spy
+    planner.plan(start)
+    return seen[0].std(1, unbiased=False)
+
+
+def test_zero_iterations_are_the_gradients_plan():
+    cfg = replace(CFG, num_iterations=0)
+    shift = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    start = start_of(shift=shift)
+    plan = planner_of(LinearModel(), cfg).plan(start)
+    torch.testing.assert_close(plan.mean, shift)
+    inside = planner_of(LinearModel(), replace(cfg, max_acting_kl=0.02)).plan(start).mean
+    torch.testing.assert_close(inside.norm(dim=-1), torch.full((6,), 0.2))
+    still = planner_of(LinearModel(), cfg).plan(start_of())
+    assert torch.equal(still.mean, start.mu)
+    # The paper's execution draws around it as well.
+    draws, _ = draw_elite(replace(plan, std=1e-4 * plan.std), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(draws, shift, atol=1e-3, rtol=0.0)
+
+
+def test_the_gradients_lengths_and_the_policys_trajectories_are_candidates():
+    cfg = replace(SMALL, num_iterations=1)
+    shift = torch.full((3, 2), 0.25)
+    start = start_of(3, shift=shift)
+    u = planner_of(LinearModel(), cfg).plan(start).candidates
+    for s, length in enumerate((0.0, 0.5, 1.0, 2.0)):
+        assert torch.equal(u[:, s], length * shift)
+    noise = planner_noise(torch.tensor([0, 7, 0]), start.env_ids, (8, cfg.horizon, 2))[:, :, 0].clamp(-3, 3)
+    torch.testing.assert_close(u[:, 4:6], noise[:, :2])  # around the policy
+    torch.testing.assert_close(u[:, 6:], (noise[:, 2:] + shift[:, None]).clamp(-3, 3))  # around the gradient's plan
+
+
+# -- invariances -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_scaling_all_rewards_leaves_the_plan_unchanged(scale):
-    reference = run(LinearModel())[3]
-    scaled = run(LinearModel(scale))[3]
+    start = start_of(shift=torch.full((6, 2), 0.3))
+    reference, scaled = (planner_of(LinearModel(factor), CFG).plan(start) for factor in (1.0, scale))
     torch.testing.assert_close(scaled.mean, reference.mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scaled.gain, reference.gain, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "warp"])
+def test_the_temperature_sharpens_the_plan(kernels):
+    """At 0 all elites weigh the same; at a very large one the best alone is the plan."""
+    start = start_of(shift=torch.full((6, 2), 0.3))
+    plans = {}
+    for temperature in (0.0, 1.0, 1e5):
+        cfg = replace(CFG, num_iterations=1, temperature=temperature, kernels=kernels)
+        plans[temperature] = planner_of(LinearModel(), cfg).plan(start)
+    weights = {t: plan.weights for t, plan in plans.items()}
+    assert torch.allclose(weights[0.0].amax(1), torch.full((6,), 1 / 24))
+    assert (weights[1e5].amax(1) > 0.9).all()
+    assert (weights[0.0].amax(1) < weights[1.0].amax(1)).all()
+    assert (weights[1.0].amax(1) < weights[1e5].amax(1) - 0.1).all()
+    rows = torch.arange(6)
+    best = plans[1e5].candidates[rows, weights[1e5].argmax(1)]
+    off = [(plans[t].mean - best).norm(dim=-1).mean() for t in (0.0, 1.0, 1e5)]
+    assert off[2] < off[1] < off[0]
 
 
 def test_a_plan_does_not_depend_on_the_batch():
-    model = WorldModel(4, 2, 1, WorldModelCfg(size="tiny", task_embedding_dim=4))
-    for head in (model.latent_head, model.reward_head, model.value_head[-1]):
-        torch.nn.init.normal_(head.weight, std=0.1)
-    cfg = PlannerCfg(horizon=3, num_samples=16, num_prior_samples=4, num_iterations=2, num_elites=4)
-    z = torch.softmax(torch.randn(5, 8, 8), -1).flatten(1)
-    mu, sigma, task, ids = torch.randn(5, 2), torch.ones(5, 2), torch.zeros(5, dtype=torch.long), torch.arange(5)
-    planner = fast_planner(model, cfg, 0.99, 0)
-    together = planner.plan(z, mu, sigma, task, ids, 0).mean.clone()
-    alone = planner.plan(z[3:4], mu[3:4], sigma[3:4], task[3:4], ids[3:4], 0).mean
-    torch.testing.assert_close(alone, together[3:4], atol=1e-5, rtol=1e-5)
-    other_step = planner.plan(z, mu, sigma, task, ids, 1).mean
-    assert not torch.allclose(other_step, together)
+    alg = build()
+    start, planner = random_start(alg, 5), MPPIPlanner(alg.objective, SMALL, 0)
+    together = planner.plan(start).mean.clone()
+    row = Start(**{k: v[3:4] if v.dim() else v for k, v in vars(start).items()})
+    torch.testing.assert_close(planner.plan(row).mean, together[3:4], atol=1e-5, rtol=1e-5)
+    for other in (replace(start, step=start.step + 1), replace(start, env_ids=start.env_ids + 1)):
+        assert not torch.allclose(planner.plan(other).mean, together)
 
 
-def test_masked_dimensions_stay_zero_and_influence_nothing():
+@pytest.mark.parametrize("kernels", ["torch", "warp"])
+def test_warp_kernels_plan_as_torch_does(kernels):
+    alg = build(several=True)
+    start = random_start(alg, 20)
+    reference, found = (
+        MPPIPlanner(alg.objective, replace(SMALL, kernels=k), 0).plan(start) for k in ("torch", kernels)
+    )
+    for name in ("mean", "gain", "candidates", "weights", "std"):
+        torch.testing.assert_close(getattr(found, name), getattr(reference, name), atol=1e-3, rtol=1e-3)
+
+
+def test_bfloat16_ranks_candidates_as_float32_does():
+    alg = build()
+    start = random_start(alg, 32)
+    u = torch.randn(32, 64, 3, 2, generator=torch.Generator().manual_seed(0))
+    exact, rough = (
+        MPPIPlanner(alg.objective, replace(SMALL, precision=p), 0).evaluate(start, u).detach()
+        for p in ("float32", "bfloat16")
+    )
+    assert rough.dtype == torch.float32
+    assert not torch.equal(exact, rough)
+    pairs = [(x.unsqueeze(1) - x.unsqueeze(2)).sign() for x in (exact, rough)]
+    assert (pairs[0] == pairs[1]).float().mean() > 0.95
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", ["torch", "warp"])
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_masked_dimensions_stay_zero_and_influence_nothing(iterations, kernels):
     class Padded(LinearModel):
-        def prior(self, z, e):
-            return torch.full((*z.shape[:-1], 4), 0.3)
+        def policy(self, z, task):
+            return torch.cat([-0.3 * z, torch.zeros_like(z)], dim=-1)
 
-        def step(self, z, action, e, task):
+        def step(self, z, action, task):
             assert (action[..., 2:] == 0).all()
-            return super().step(z, action[..., :2], e, task)
+            return super().step(z, action[..., :2], task)
 
-    z = torch.randn(3, 2)
     mask = torch.tensor([True, True, False, False]).expand(3, 4)
-    ids, task = torch.arange(3), torch.zeros(3, dtype=torch.long)
-    cfg = replace(CFG, num_prior_samples=4)
+    cfg = replace(SMALL, num_iterations=iterations, kernels=kernels)
     plans = []
     for junk in (0.0, 5.0):
-        mu = torch.zeros(3, 4)
-        mu[:, 2:] = junk
-        plans.append(literal_planner(Padded(), cfg, 1.0, 0).plan(z, mu, torch.ones(3, 4), task, ids, 0, mask))
+        mu, shift = torch.zeros(3, 4), torch.full((3, 4), 0.3)
+        mu[:, 2:] = shift[:, 2:] = junk
+        start = replace(start_of(3), mu=mu, sigma=torch.ones(3, 4), shift=shift, action_mask=mask)
+        plans.append(planner_of(Padded(), cfg).plan(start))
     for plan in plans:
         assert (plan.mean[:, 2:] == 0).all()
+        assert (plan.candidates[..., 2:] == 0).all()
     assert torch.equal(plans[0].mean, plans[1].mean)
+    assert torch.equal(plans[0].gain, plans[1].gain)
+
+
+def test_an_elite_of_a_task_with_fewer_actions_has_a_density():
+    """The others are exactly 0, and count in it as in the policy's own, with std 1."""
+    mask = torch.tensor([True, True, False]).expand(4, 3)
+
+    class Padded(LinearModel):
+        def policy(self, z, task):
+            return torch.zeros(len(z), 3)
+
+        def step(self, z, action, task):
+            return super().step(z, action[..., :2], task)
+
+    start = replace(
+        start_of(4), mu=torch.zeros(4, 3), sigma=torch.ones(4, 3), shift=torch.zeros(4, 3), action_mask=mask
+    )
+    plan = planner_of(Padded(), SMALL).plan(start)
+    action, log_beta = draw_elite(plan, torch.Generator().manual_seed(0))
+    assert (action[:, 2] == 0).all()
+    mixture = gaussian_log_prob(action[:, None, :2], plan.candidates[..., :2], plan.std[:, None, :2])
+    excess = torch.logsumexp(plan.weights.log() + mixture, dim=1) - gaussian_log_prob(
+        action[:, :2], start.mu[:, :2], start.sigma[:, :2]
+    )
+    torch.testing.assert_close(log_beta - gaussian_log_prob(action, start.mu, start.sigma), excess)
+
+
+# -- what is executed --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_kl", [0.01, 0.3, float("inf")])
@@ -150,10 +348,55 @@ def test_projection_respects_the_trust_region(max_kl):
     project_torch(m, mu, sigma, (plan - mu) / sigma, max_kl)
     kl = kl_divergence(Normal(m, sigma), Normal(mu, sigma)).sum(-1)
     assert (kl <= max_kl * (1 + 1e-5)).all()
-    # Inside the region the plan is untouched; the direction always is the plan's.
-    torch.testing.assert_close(torch.cosine_similarity(m - mu, plan - mu), torch.ones(50))
+    # Inside the region the plan is untouched; the direction, in stds, always is the plan's.
+    torch.testing.assert_close(torch.cosine_similarity((m - mu) / sigma, (plan - mu) / sigma), torch.ones(50))
     if max_kl == float("inf"):
         torch.testing.assert_close(m, plan)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_plans_keep_to_the_trust_region(iterations):
+    cfg = replace(SMALL, num_iterations=iterations, max_acting_kl=0.05)
+    start = start_of()
+    plan = planner_of(LinearModel(), cfg).plan(replace(start, z=10 * start.z, shift=-0.2 * start.z.sign()))
+    kl = 0.5 * plan.mean.square().sum(-1)
+    assert (kl <= 0.05 * (1 + 1e-5)).all()
+    assert kl.max() > 0.03
+
+
+def test_plans_that_are_predicted_to_be_worse_than_the_policy_are_not_executed():
+    """The gradient points down here, and so do all candidates around it."""
+    mu, m = torch.zeros(3, 2), torch.ones(3, 2)
+    accepted = Behaviour._accept(torch.tensor([-1.0, 0.0, 1e-3]), mu, m)
+    assert accepted.tolist() == [[0, 0], [0, 0], [1, 1]]
+    alg = build(share=1.0, num_policy_samples=0, num_samples=4, num_elites=4)
+    alg.gates.gain.fill_(1.0)
+    alg.behaviour.rotate()
+    obs = alg.storage.obs[0].clone()
+    policy = alg.behaviour.sample(obs)
+    gradient = alg.objective.gradient
+    for sign, moved in ((-1.0, False), (1.0, True)):
+        alg.objective.gradient = lambda *args, sign=sign: sign * gradient(*args)
+        sample = alg.behaviour.plan(obs, policy)
+        assert sample.planned.all()
+        assert (sample.plan_gain > 0).all() == moved
+        assert torch.equal(sample.actions, policy.actions) != moved
+        assert torch.equal(sample.log_beta, policy.log_pi) != moved
+
+
+@pytest.mark.parametrize("max_acting_kl", [0.02, float("inf")])
+def test_the_gradients_plan_keeps_to_its_trust_region_and_is_finite_without_one(max_acting_kl):
+    alg = build(share=1.0, num_iterations=0, max_acting_kl=max_acting_kl)
+    alg.gates.gradient_size.fill_(1e-9)
+    obs = alg.storage.obs[0].clone()
+    for gain, part in ((1e3, 1.0), (0.5 * alg.cfg.planner.full_gain, 0.5)):
+        alg.gates.gain.fill_(gain)
+        alg.behaviour.rotate()
+        sample = alg.behaviour.plan(obs, alg.behaviour.sample(obs))
+        assert sample.planned.all()
+        length = ((sample.plan_mean - sample.mean) / sample.std).norm(dim=-1)
+        radius = min((2.0 * max_acting_kl) ** 0.5, MAX_NOISE)
+        torch.testing.assert_close(length, torch.full_like(length, part * radius), atol=1e-3, rtol=1e-3)
 
 
 def test_gaussian_log_prob_is_torchs():
@@ -164,7 +407,8 @@ def test_gaussian_log_prob_is_torchs():
 def test_density_of_a_drawn_elite_against_monte_carlo():
     """The behaviour of paper execution: its log-density must be that of its draws."""
     n = 200_000
-    _, _, _, plan = run(LinearModel(), replace(CFG, num_elites=3, num_iterations=1, num_samples=16), n=1, dim=1)
+    cfg = replace(CFG, num_elites=3, num_iterations=1, num_samples=16)
+    plan = planner_of(LinearModel(), cfg).plan(start_of(1, 1))
     plan = replace(
         plan,
         candidates=plan.candidates.expand(n, -1, -1),
@@ -180,3 +424,40 @@ def test_density_of_a_drawn_elite_against_monte_carlo():
     busy = counts > 0.005
     assert busy.sum() > 5
     torch.testing.assert_close(density[busy] * width, counts[busy], rtol=0.1, atol=0.002)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_elites": 100}, "exceeds"),
+        ({"num_samples": 5}, "num_samples must be at least 6"),
+        ({"horizon": 0}, "horizon must be at least 1"),
+        ({"share": -0.1}, "share must lie in"),
+        ({"share": 2.0}, "share must lie in"),
+        ({"kernels": "cuda"}, "kernels must be one of torch, warp"),
+        ({"precision": "float16"}, "precision must be one of"),
+        ({"execution": "best"}, "execution must be one of projected, mppi"),
+        ({"max_kl": -0.1}, "max_kl must not be negative"),
+        ({"full_gain": 0.0}, "full_gain must be positive, got 0.0"),
+        ({"num_states": -1}, "num_states must not be negative, got -1"),
+        ({"max_acting_kl": -1.0}, "max_acting_kl must not be negative"),
+        ({"num_iterations": -1}, "num_iterations must not be negative"),
+    ],
+)
+def test_a_wrong_budget_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        validate(AlgorithmCfg(planner=replace(PlannerCfg(), **changes)), 16, 8)
+
+
+def test_a_plan_equals_the_return_of_its_parts():
+    """What is evaluated is the first action plus later noise, as the literal return has it."""
+    alg = build()
+    start = random_start(alg, 4)
+    u = torch.randn(4, 3, 3, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = MPPIPlanner(alg.objective, SMALL, 0).evaluate(start, u)
+        for i in range(4):
+            for s in range(3):
+                noise = start.sigma[i] * u[i, s]
+                expected = literal_return(alg.objective, start.z[i], start.mu[i] + noise[0], start.task[i], noise)
+                assert found[i, s].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)

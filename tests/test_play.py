@@ -26,6 +26,7 @@ from isaaclab_m3po import video
 from m3po.cli import playing
 from m3po.errors import UserError
 from m3po.evaluation_process import policies_of
+from m3po.runners.checkpoint import FORMAT
 
 CPU = ["--device", "cpu"]
 NO_EVALUATION = ["--eval_interval", 0]
@@ -49,7 +50,7 @@ def script(name: str, task: str, logs: Path, *options: object) -> Result:
 def cartpole_run(logs: Path) -> Path:
     """A run with a planner that was evaluated beside its training."""
     options = ["--num_envs", 16, "--max_iterations", 3, "--eval_interval", 3, "--eval_envs", 8]
-    options += ["agent.algorithm.planner.share=1.0", "agent.algorithm.world_model.steps_per_iteration=4"]
+    options += ["agent.algorithm.world_model.steps_per_iteration=4", "agent.algorithm.world_model.extra_steps=0"]
     script("train.py", "Isaac-Cartpole-v0", logs, *options)
     return read_run(logs, "cartpole")
 
@@ -105,8 +106,7 @@ def test_cartpole_trains_evaluates_and_plays(logs: Path, cartpole_run: Path) -> 
 @pytest.mark.sim
 def test_ant_trains_and_the_planner_plays_on_video(logs: Path) -> None:
     """Pictures without Kit, a GPU or a display: they show something, and it moves."""
-    latent = "agent.algorithm.world_model.steps_per_iteration=4"  # the planner's model, which the default leaves out
-    script("train.py", "Isaac-Ant-v0", logs, "--num_envs", 16, "--max_iterations", 2, *NO_EVALUATION, latent)
+    script("train.py", "Isaac-Ant-v0", logs, "--num_envs", 16, "--max_iterations", 2, *NO_EVALUATION)
     run = read_run(logs, "ant")
     options = ["--num_envs", 4, "--num_episodes", 1, "--policy", "planner", "--video", "--video_length", 12]
     played = script("play.py", "Isaac-Ant-v0", logs, *options, "--checkpoint", "latest", "--headless")
@@ -183,7 +183,13 @@ def test_isaac_labs_own_play_command_plays_our_checkpoints(cartpole_run: Path) -
 
 # -- a user's mistakes ------------------------------------------------------------------------------------------------
 
-CARTPOLE = {"format": 1, "task": "Isaac-Cartpole", "algorithm": "m3po", "obs_dims": {"policy": 4}, "num_actions": 1}
+CARTPOLE = {
+    "format": FORMAT,
+    "task": "Isaac-Cartpole",
+    "algorithm": "m3po",
+    "obs_dims": {"policy": 4},
+    "num_actions": 1,
+}
 MISTAKES = {
     ("--checkpoint", "missing.pt"): "There is no checkpoint 'missing.pt'",
     ("--checkpoint", "truncated.pt"): "'truncated.pt' is truncated or corrupted",
@@ -225,21 +231,19 @@ for options in json.loads(sys.argv.pop()):
         assert expected in answer[-1], f"{options}: {answer}"
 
 
-def algorithm(**model: int) -> dict:
-    """A runner configuration whose latent model is trained as said."""
-    return {"algorithm": {"world_model": {"steps_per_iteration": 0, "extra_steps": 0, **model}}}
+def algorithm(steps: int) -> dict:
+    """A runner configuration whose world model is trained as said."""
+    return {"algorithm": {"world_model": {"steps_per_iteration": steps}}}
 
 
 def test_the_planner_is_there_where_its_model_is_trained() -> None:
-    """The default of Isaac Lab's larger tasks looks ahead by the value gradient alone."""
-    assert (
-        policies_of(algorithm(steps_per_iteration=10)) == policies_of(algorithm(extra_steps=1)) == ("prior", "planner")
-    )
-    assert policies_of(algorithm()) == policies_of({"algorithm": {}}) == ("prior",)
-    playing.check_policy("prior", algorithm())
-    playing.check_policy("planner", algorithm(extra_steps=1))
-    with pytest.raises(UserError, match=r"trained no latent model.*world_model\.steps_per_iteration=10"):
-        playing.check_policy("planner", algorithm())
+    """The model can be switched off, and rsl_rl's PPO has none."""
+    assert policies_of(algorithm(10)) == ("prior", "planner")
+    assert policies_of(algorithm(0)) == policies_of({"algorithm": {}}) == ("prior",)
+    playing.check_policy("prior", algorithm(0))
+    playing.check_policy("planner", algorithm(10))
+    with pytest.raises(UserError, match=r"trained no world model.*--policy prior"):
+        playing.check_policy("planner", algorithm(0))
 
 
 # -- rendering that is not there --------------------------------------------------------------------------------------

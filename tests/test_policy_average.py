@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from toy_env import PointEnv, runner_cfg
+from toy_gates import open_gates
 
 from m3po.algorithms.policy_average import KEY
+from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.errors import UserError
 from m3po.export import export_policy
@@ -81,6 +83,38 @@ def test_a_checkpoint_that_has_none_plays_its_policy(tmp_path):
     assert torch.equal(weights(newer.inference_policy()), weights(older.alg.actor))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.75])
+def test_a_process_that_never_sampled_plans_with_the_noise_of_what_is_played(tmp_path, decay):
+    """As an evaluation does, which loads a checkpoint and acts."""
+    trained, loaded = make(decay), make(decay)
+    open_gates(trained.alg)
+    trained.learn(2)
+    trained.save(str(tmp_path / "a.pt"))
+    loaded.load(str(tmp_path / "a.pt"), {"actor": True, "critic": True})
+    played, obs = loaded.alg.average.policy, loaded.env.get_observations()
+    with torch.no_grad():
+        mean, std = PolicyOutputs(played)(obs)
+    assert torch.equal(mean, played(obs))
+    torch.testing.assert_close(std, played.distribution.std_param.detach().expand_as(mean))
+    with torch.inference_mode():
+        actions = [runner.inference_policy("planner")(obs) for runner in (trained, loaded)]
+    assert not torch.allclose(actions[0], mean)
+    torch.testing.assert_close(*actions)
+
+
+def test_a_noise_that_depends_on_the_observation_is_that_of_each():
+    torch.manual_seed(3)
+    cfg = runner_cfg()
+    cfg["actor"]["distribution_cfg"] = {"class_name": "HeteroscedasticGaussianDistribution", "init_std": 0.7}
+    runner = M3PORunner(PointEnv(), cfg, None, "cpu")
+    runner.learn(1)
+    actor, obs = runner.alg.actor, runner.env.get_observations()
+    actor(obs, stochastic_output=True)
+    for found, expected in zip(PolicyOutputs(actor)(obs), actor.output_distribution_params, strict=True):
+        assert torch.equal(found, expected)
+    assert actor.output_std.unique(dim=0).shape[0] == 16
+
+
 def test_export_writes_what_is_played(tmp_path):
     runner = make()
     runner.learn(3)
@@ -95,7 +129,7 @@ def test_export_writes_what_is_played(tmp_path):
 def test_other_tasks_start_with_the_average_of_the_ones_before(tmp_path):
     def agent(*names: str) -> M3PORunner:
         env = MultiTaskVecEnv([Member(name, PointEnv(8), (-20.0, 0.0)) for name in names], "cpu")
-        return M3PORunner(env, runner_cfg(policy_average_decay=0.75, normalize_values=True), None, "cpu")
+        return M3PORunner(env, runner_cfg(policy_average_decay=0.75), None, "cpu")
 
     old, new = agent("near", "far"), agent("far", "wide")
     old.learn(3)

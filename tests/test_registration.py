@@ -12,10 +12,10 @@ import pytest
 from conftest import run_process
 
 from m3po.cli.overrides import assign, parse_value
-from m3po.config import AlgorithmCfg, from_dict
+from m3po.config import REMOVED, AlgorithmCfg, from_dict
 from m3po.errors import UserError
 from m3po.manifest import git_revision, jsonable, package_versions
-from m3po.presets import default_preset
+from m3po.presets import paper, sized
 
 FACTS = """
 import contextlib, copy, io, json, sys, warnings
@@ -34,16 +34,19 @@ from isaaclab_tasks.utils import resolve_task_config
 from isaaclab_tasks.utils.hydra import resolve_presets
 from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
 from isaaclab_m3po.tasks import resolve_task
+from m3po.cli.overrides import assign
+from m3po.errors import UserError
 
 agents.set_device("cpu")
 tasks = sorted(name for name, spec in gym.registry.items() if (spec.kwargs or {}).get("rsl_rl_cfg_entry_point"))
-built, networks = {}, {}
+built, networks, noise = {}, {}, {}
 with contextlib.redirect_stdout(io.StringIO()):
     for task in tasks:
         copy.deepcopy(gym.registry[task])
-        for key in registration.ENTRY_POINTS:
-            cfg = resolve_presets(load_cfg_from_registry(task, key))
+        for key in ("rsl_rl_cfg_entry_point", *registration.ENTRY_POINTS):
+            cfg = copy.deepcopy(resolve_presets(load_cfg_from_registry(task, key)))
             cfg = handle_deprecated_rsl_rl_cfg(cfg, "5.5.1").to_dict()
+            noise.setdefault(task, []).append(cfg["actor"]["distribution_cfg"]["init_std"])
             built[f"{task} {key}"] = cfg["algorithm"]
             networks[task] = [bool(cfg["actor"]), bool(cfg["critic"]), cfg["experiment_name"]]
     ant = resolve_presets(load_cfg_from_registry("Isaac-Ant", "m3po_cfg_entry_point")).to_dict()
@@ -54,6 +57,12 @@ with contextlib.redirect_stdout(io.StringIO()):
     camera = resolve_task_config("Isaac-Cartpole-Camera", "m3po_cfg_entry_point", overrides=["presets=resnet18"])[1]
     # an override through Isaac Lab's own resolution, as in its stock command
     stock = resolve_task_config("Isaac-Ant", "m3po_cfg_entry_point", overrides=["agent.algorithm.planner.horizon=7"])[1]
+refused = []
+for path in json.loads(sys.argv[1]):
+    try:
+        assign(stock, path, 0, "agent")
+    except UserError as error:
+        refused.append(str(error))
 backends = {action: dispatch._BACKEND_MODULES[action].get("m3po") for action in ("train", "play")}
 del dispatch._BACKEND_MODULES
 with warnings.catch_warnings(record=True) as caught:
@@ -62,17 +71,31 @@ with warnings.catch_warnings(record=True) as caught:
 print(json.dumps({
     "tasks": tasks, "built": built, "networks": networks, "ant": ant, "ppo": ppo, "cuda": cuda,
     "camera": camera.to_dict()["experiment_name"], "stock_horizon": stock.algorithm.planner.horizon,
+    "noise": noise, "refused": refused,
     "backends": backends, "without_table": [added, str(caught[-1].message)],
     "imported_by_us": sorted(imported_by_us), "attached_again": registration.attach(),
     "v0": [resolve_task("Isaac-Ant-v0"), resolve_task("Isaac-Ant"), resolve_task("x:Isaac-Ant-v3")],
 }, default=str))
 """
 
+OF_TASK = ("gamma", "entropy_coef", "max_grad_norm", "num_learning_epochs", "num_mini_batches", "clip_param")
+"""Fields of the algorithm that a task has tuned for itself."""
+
+OLD = {
+    "algorithm.value_gradient.steps_per_iteration": "replaced by planner and world_model (planner.max_kl=0 switches",
+    "algorithm.distill_coef": "replaced by the regression onto plans (planner.max_kl)",
+    "algorithm.planner.stages": "the share follows the realised gain",
+    "algorithm.world_model.ring_transitions": "replaced by replay_transitions",
+    "algorithm.bonus.alpha": "replaced by size",
+    "algorithm.critic_replay.lam": "it is 0.95",
+}
+"""Path of a field of an earlier version -> what the message must say."""
+
 
 @pytest.fixture(scope="module")
 def facts() -> dict:
     """What a process sees after the registration."""
-    result = run_process([sys.executable, "-c", FACTS], timeout=120)
+    result = run_process([sys.executable, "-c", FACTS, json.dumps(list(OLD))], timeout=300)
     assert result.rc == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -101,54 +124,46 @@ def test_both_backends_are_in_isaac_labs_table(facts):
 
 
 def test_agent_combines_the_tasks_configuration_with_the_preset(facts):
-    ant, ppo, preset = facts["ant"], facts["ppo"], dataclasses.asdict(default_preset("cpu"))
+    ant, ppo, preset = facts["ant"], facts["ppo"], dataclasses.asdict(AlgorithmCfg())
     for name in ("obs_groups", "clip_actions", "experiment_name", "save_interval", "critic"):
         assert ant[name] == ppo[name]
     assert ant["actor"]["hidden_dims"] == ppo["actor"]["hidden_dims"]
-    for name in ("gamma", "entropy_coef", "clip_param", "num_mini_batches", "max_grad_norm"):
-        assert ant["algorithm"][name] == ppo["algorithm"][name]
-    for name in ("lam", "learning_rate", "schedule", "bonus"):
-        assert ant["algorithm"][name] == preset[name]
-    assert ant["algorithm"]["planner"] == preset["planner"] | {"share": 0.0}  # and no model is trained for it
-    latent = (ant["algorithm"]["world_model"][name] for name in ("size", "steps_per_iteration", "extra_steps"))
-    assert [*latent] == [preset["world_model"]["size"], 0, 0]
     assert (ant["num_steps_per_env"], ant["max_iterations"], ant["device"]) == (8, 256, "cpu")
-    assert (ant["algorithm"]["desired_kl"], ant["algorithm"]["value_loss_coef"]) == (0.06, 0.0)
-    assert ant["algorithm"]["critic_replay"]["steps_per_iteration"] == 64
-    ahead = {"steps_per_iteration": 60, "extra_steps": 200, "policy_schedule": "fixed"}
-    assert ant["algorithm"]["value_gradient"] == preset["value_gradient"] | ahead
-    assert ant["algorithm"]["std_learning_rate"] == 0.002
-    assert ant["algorithm"]["policy_average_decay"] == 0.0
+    algorithm = dict(ant["algorithm"])
+    assert algorithm.pop("class_name") == "m3po.algorithms:M3PO"
+    assert algorithm == preset | {name: ppo["algorithm"][name] for name in OF_TASK}
 
 
-@pytest.mark.parametrize("task", ["Isaac-Humanoid", "Isaac-Humanoid-Direct"])
-def test_humanoid_learns_values_on_the_ring_without_looking_ahead(facts, task):
-    """The value gradient did not pay there (docs/experiments.md, entry 27); the rest is as on Ant."""
-    ant = facts["built"]["Isaac-Ant m3po_cfg_entry_point"]
-    humanoid = facts["built"][f"{task} m3po_cfg_entry_point"]
-    assert ant["value_gradient"]["steps_per_iteration"] == 60
-    assert humanoid["value_gradient"] == ant["value_gradient"] | {"steps_per_iteration": 0}
-    same = ("critic_replay", "value_loss_coef", "desired_kl", "std_learning_rate", "planner", "world_model")
-    assert {name: humanoid[name] for name in same} == {name: ant[name] for name in same}
+@pytest.mark.parametrize("key", ["m3po_cfg_entry_point", "m3po_paper_cfg_entry_point"])
+def test_the_same_parts_run_on_every_task(facts, key):
+    """Tasks choose numbers of PPO; neither their names nor their networks' widths choose parts."""
+    preset = AlgorithmCfg() if key == "m3po_cfg_entry_point" else paper()
+    same = {name: value for name, value in dataclasses.asdict(preset).items() if name not in OF_TASK}
+    for task in facts["tasks"]:
+        algorithm = facts["built"][f"{task} {key}"]
+        assert {name: algorithm[name] for name in same} == same, task
 
 
-def test_a_small_policy_has_a_critic_on_the_ring_and_no_look_ahead(facts):
-    """What paid on Cartpole (docs/experiments.md)."""
-    small = facts["built"]["Isaac-Cartpole m3po_cfg_entry_point"]
-    replay = {"steps_per_iteration": 32, "batch_size": 1024, "learning_rate": 0.003}
-    assert small["critic_replay"] == dataclasses.asdict(default_preset("cpu", 32))["critic_replay"] | replay
-    assert (small["value_loss_coef"], small["desired_kl"], small["distill_coef"]) == (0.0, 0.03, 0.0)
-    assert (small["planner"]["share"], small["planner"]["stages"]) == (0.0, [])
-    steps = (small["world_model"]["steps_per_iteration"], small["world_model"]["extra_steps"])
-    assert (*steps, small["value_gradient"]["steps_per_iteration"]) == (0, 0, 0)
+def test_the_tasks_own_step_sizes_are_for_its_own_algorithm(facts):
+    """KL target and value loss belong to PPO, whose critic learns from the newest rollout alone."""
+    ant, ppo = facts["ant"]["algorithm"], facts["ppo"]["algorithm"]
+    assert (ppo["desired_kl"], ppo["value_loss_coef"]) == (0.01, 1.0)
+    assert (ant["desired_kl"], ant["value_loss_coef"]) == (0.06, 0.0)
 
 
-def test_a_cuda_device_keeps_the_tasks_rollout_and_gets_the_larger_preset(facts):
-    cuda, ppo = facts["cuda"], facts["ppo"]
+def test_the_default_mode_begins_with_half_of_the_tasks_noise(facts):
+    for task, (ppo, default, paper_mode) in facts["noise"].items():
+        assert (default, paper_mode) == (0.5 * ppo, ppo), task
+    assert facts["cuda"]["actor"]["distribution_cfg"]["init_std"] == facts["noise"]["Isaac-Ant"][1]
+
+
+def test_a_cuda_device_keeps_the_tasks_rollout_and_gets_larger_sizes(facts):
+    cuda, ppo, larger = facts["cuda"], facts["ppo"], dataclasses.asdict(sized(AlgorithmCfg(), "cuda:0"))
     assert cuda["device"] == "cuda:0"
     assert cuda["num_steps_per_env"] == ppo["num_steps_per_env"]
     assert cuda["max_iterations"] == ppo["max_iterations"]
-    assert cuda["algorithm"]["planner"] == dataclasses.asdict(default_preset("cuda:0").planner)
+    for name in ("planner", "world_model", "critic_replay", "bonus"):
+        assert cuda["algorithm"][name] == larger[name]
 
 
 def test_presets_of_the_tasks_agent_stay_selectable(facts):
@@ -235,6 +250,34 @@ def test_override_that_cannot_apply_says_why(path, text, message):
     with pytest.raises(UserError, match="override 'agent") as error:
         assign(Root(), path, parse_value(text), "agent")
     assert message in str(error.value)
+
+
+def test_a_field_of_an_earlier_version_names_what_replaces_it(facts):
+    """In the configclasses that Isaac Lab's registry has."""
+    for (path, expected), message in zip(OLD.items(), facts["refused"], strict=True):
+        parent, name = path.rsplit(".", 1) if "value_gradient" not in path else ("algorithm", "value_gradient")
+        assert message.startswith(f"unknown override 'agent.{parent}.{name}'. '{name}' was removed; it is ")
+        assert expected in message
+        assert f"agent.{parent} has: " in message
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [(cls, name) for cls, names in REMOVED.items() for name in names], ids="-".join
+)
+def test_every_field_of_an_earlier_version_is_refused_with_its_replacement(section, name):
+    """In the dataclasses that the suites have, and where a checkpoint's configuration becomes one."""
+    root = AlgorithmCfg()
+    sections = {type(value).__name__: key for key, value in vars(root).items()} | {"AlgorithmCfg": ""}
+    node = getattr(root, sections[section]) if sections[section] else root
+    path = f"{sections[section]}.{name}".lstrip(".")
+    with pytest.raises(UserError) as error:
+        assign(root, path, 0, "agent.algorithm")
+    assert f"agent.algorithm.{path}'. '{name}' was removed; it is replaced by {REMOVED[section][name]}." in str(
+        error.value
+    )
+    assert "Did you mean" not in str(error.value)
+    with pytest.raises(ValueError, match=f"'{name}' was removed"):
+        from_dict(type(node), {name: 0})
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train_cli import tensors
 from toy_env import PointEnv, runner_cfg
+from toy_gates import open_gates
 
+from m3po.algorithms import M3PO
 from m3po.cli.train import run as train_command
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.errors import CheckpointError, UserError
@@ -21,7 +23,6 @@ from m3po.runners.checkpoint import BEST, LAST, read_checkpoint
 from m3po.runners.random_state import random_state, restore_random_state
 from m3po.runners.run_folder import find_run, rewind
 
-OPEN = {"min_skill": None, "min_reward_ev": None, "share": 0.5}
 TIMES = ("seconds", "steps_per_second")
 
 
@@ -34,25 +35,43 @@ def point() -> PointEnv:
     return PointEnv(16)
 
 
+class Sparse(PointEnv):
+    """The point, of which few are rewarded, so that the bonus stays on."""
+
+    def step(self, actions):
+        obs, reward, dones, extras = super().step(actions)
+        return obs, (reward > -0.02).float(), dones, extras
+
+
 def two_tasks() -> MultiTaskVecEnv:
     members = [Member("near", PointEnv(8, edge=1.5), (-20.0, 0.0)), Member("far", PointEnv(8, dim=3, episode=30))]
     return MultiTaskVecEnv(members, "cpu")
 
 
+def ppo_of_several() -> dict:
+    """The same, told the task."""
+    cfg = ppo_cfg()
+    for name in ("actor", "critic"):
+        cfg[name] = cfg[name] | {"embedding_dim": 4}
+    return cfg | {"algorithm": cfg["algorithm"] | {"class_name": "m3po.algorithms.ppo:PPO", "gamma": 0.97}}
+
+
+def everything(**algorithm: object) -> dict:
+    """All parts on: plans to learn from and to act by, bonus, critic replay, world model, average."""
+    planner = {"share": 0.5, **algorithm.pop("planner", {})}
+    model = {"extra_steps": 2, **algorithm.pop("world_model", {})}
+    return runner_cfg(planner=planner, world_model=model, policy_average_decay=0.8, **algorithm)
+
+
 CASES = {
-    "m3po": (lambda: runner_cfg(planner=OPEN), point),
-    "bonus": (lambda: runner_cfg(planner={**OPEN, "execution": "mppi"}, bonus={"alpha": 0.5}), point),
-    "critic on the ring": (lambda: runner_cfg(planner=OPEN, critic_replay={"steps_per_iteration": 3}), point),
-    "value gradient": (
-        lambda: runner_cfg(
-            value_gradient={"steps_per_iteration": 5, "width": 16, "stored_rollouts": 1},
-            std_learning_rate=1e-3,
-            policy_average_decay=0.8,
-        ),
-        point,
-    ),
+    "m3po": (everything, point),
+    "few rewards": (everything, lambda: Sparse(16)),
+    "drawn elites": (lambda: everything(planner={"execution": "mppi", "num_iterations": 2}), point),
+    "purely latent": (lambda: everything(world_model={"anchor": False, "horizon": 3}, std_learning_rate=0.0), point),
+    "paper's bonus": (lambda: everything(bonus={"literal": True, "size": 1.0, "num_functions": 0}), point),
     "ppo": (ppo_cfg, point),
-    "several tasks": (lambda: runner_cfg(planner=OPEN, normalize_values=True), two_tasks),
+    "ppo, several tasks": (ppo_of_several, two_tasks),
+    "several tasks": (everything, two_tasks),
 }
 
 
@@ -63,7 +82,10 @@ def start(case: str, folder: Path, seed: int = 5) -> M3PORunner:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-    return M3PORunner(env(), cfg() | {"max_iterations": 6}, str(folder), "cpu")
+    runner = M3PORunner(env(), cfg() | {"max_iterations": 6}, str(folder), "cpu")
+    if isinstance(runner.alg, M3PO):
+        open_gates(runner.alg)
+    return runner
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -83,7 +105,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 def test_a_resume_with_other_optimisers_is_refused_before_anything_is_loaded(tmp_path):
     """The deviation's own step size is a group of its own."""
     start("m3po", tmp_path).learn(1)
-    cfg = runner_cfg(planner=OPEN, std_learning_rate=1e-3)
+    cfg = everything(std_learning_rate=0.0)
     runner = M3PORunner(point(), cfg | {"max_iterations": 6}, str(tmp_path), "cpu")
     before = [p.clone() for p in runner.alg.actor.parameters()]
     with pytest.raises(CheckpointError, match=r"optimizer has groups of .* std_learning_rate"):
@@ -107,24 +129,33 @@ def test_n_and_m_iterations_equal_n_stop_resume_m_bit_for_bit(case, tmp_path):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert table(parts / "progress.csv") == table(whole / "progress.csv")
     assert [row["iteration"] for row in table(parts / "progress.csv")] == ["0", "1", "2", "3", "4"]
-    for tag in ("Perf/mean_step_reward", "Loss/value", "Train/mean_step_reward/env_steps"):
+    loss = "Loss/value" if case.startswith("ppo") else "Loss/critic_replay"
+    for tag in ("Perf/mean_step_reward", loss, "Train/mean_step_reward/env_steps"):
         assert scalars(parts, tag) == scalars(whole, tag)
         assert len(scalars(parts, tag)) == 5
     ours, theirs = read_checkpoint(parts / LAST), read_checkpoint(whole / LAST)
     assert ours["resume"]["random"]["python"] == theirs["resume"]["random"]["python"]
     assert ours["runner_state"]["env_steps"] == theirs["runner_state"]["env_steps"] == 5 * 8 * 16
-    if case == "several tasks":
+    if not case.startswith("ppo"):  # all parts took part
+        rows = [{name: float(value) for name, value in row.items() if value} for row in table(parts / "progress.csv")]
+        for name in ("planner/share", "planner/kl", "plan/kl", "plan/cosine", "loss/critic_replay"):
+            assert any(row[name] != 0.0 for row in rows[3:]), name
+        bonus = [row["bonus/mean_abs"] != 0.0 for row in rows]
+        assert bonus[0]
+        assert bonus[4] == (case in ("few rewards", "paper's bonus"))
+        assert not torch.equal(*(found[f"/{name}_state_dict/mlp.0.weight"] for name in ("average_actor", "actor")))
+    if "several tasks" in case:
         assert table(parts / "tasks.csv") == table(whole / "tasks.csv")
 
 
 def test_the_comparison_notices_a_stream_that_is_not_restored(tmp_path, monkeypatch):
-    """Without the state of the ring's generator, the model learns from other samples."""
+    """Without the state of the replay buffer's generator, the model learns from other samples."""
     start("m3po", tmp_path / "whole").learn(3)
     run = start("m3po", tmp_path / "parts")
     run.learn(2)
     again = start("m3po", tmp_path / "parts", seed=77)
     again.resume(str(tmp_path / "parts" / LAST))
-    again.alg.ring.generator.manual_seed(123)
+    again.alg.replay.generator.manual_seed(123)
     again.learn(1)
     expected, found = (tensors(read_checkpoint(tmp_path / name / LAST)) for name in ("whole", "parts"))
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
@@ -171,10 +202,10 @@ def test_environments_that_do_not_tell_their_state_begin_anew(tmp_path, capsys, 
 
 def test_other_settings_are_said_and_other_sizes_refused(tmp_path, capsys, monkeypatch):
     start("m3po", tmp_path).learn(2)
-    monkeypatch.setitem(CASES, "m3po", (lambda: runner_cfg(planner=OPEN, gamma=0.9), point))
+    monkeypatch.setitem(CASES, "m3po", (lambda: everything(gamma=0.9), point))
     start("m3po", tmp_path).resume(str(tmp_path / LAST))
     assert "[m3po] not as before: agent.algorithm.gamma was None and is 0.9" in capsys.readouterr().out
-    monkeypatch.setitem(CASES, "m3po", (lambda: runner_cfg(planner=OPEN), lambda: PointEnv(32)))
+    monkeypatch.setitem(CASES, "m3po", (everything, lambda: PointEnv(32)))
     with open(tmp_path / "progress.csv", "a", encoding="utf-8") as file:
         file.write("2,384,1.0")
     before = (tmp_path / "progress.csv").read_bytes()
@@ -323,12 +354,12 @@ class TestFindingARun:
 
 DMC = ("--task", "cartpole-swingup", "--device", "cpu", "--num_envs", "8", "--eval_interval", "0", "--seed", "3")
 DMC += (
-    "agent.algorithm.world_model.ring_transitions=512",
-    "agent.algorithm.planner.share=0.5",  # beside the value gradient, which is the default here
+    "agent.algorithm.world_model.replay_transitions=512",
     "agent.algorithm.world_model.steps_per_iteration=12",
+    "agent.algorithm.world_model.extra_steps=0",
+    "agent.algorithm.planner.share=0.5",
     "agent.save_interval=1",
 )
-DMC += ("agent.algorithm.planner.min_skill=-1000.0", "agent.algorithm.planner.min_reward_ev=-1000.0")
 
 
 @pytest.mark.sim

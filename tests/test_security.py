@@ -222,8 +222,6 @@ ALLOWED = {
     "tasks/m3po_tasks/metaworld/worker.py": {".recv"},
     # One of the package's own modules, from a table.
     "tasks/m3po_tasks/dmcontrol/suite.py": {"importlib.import_module"},
-    # TD-MPC2's own modules, from the folder that the command line names in order to run them.
-    "scripts/benchmark_planner_external.py": {"importlib.import_module"},
 }
 """Exceptions, with their reasons."""
 

@@ -53,7 +53,7 @@ Not in MuJoCo's state: MuJoCo notices those itself and resets the world before a
 
 OPTIONS = ("--task", "cartpole-swingup,mw-reach", "--num_envs", "24", "--device", "cpu", "--run_name", "soak")
 OPTIONS += ("--max_iterations", "1000000", "--eval_interval", "200", "--eval_envs", "2", "--keep_checkpoints", "3")
-OPTIONS += ("agent.save_interval=5", "agent.algorithm.world_model.ring_transitions=4096")
+OPTIONS += ("agent.save_interval=5", "agent.algorithm.world_model.replay_transitions=4096")
 
 ENDINGS = {
     "SIGKILL": -signal.SIGKILL,

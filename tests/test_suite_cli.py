@@ -16,6 +16,7 @@ from m3po.cli import list_tasks, play, suite_job, train
 from m3po.cli.arguments import Parser
 from m3po.envs.suite import TaskInfo, suites
 from m3po.errors import UserError
+from m3po.runners.checkpoint import FORMAT
 from m3po_tasks.dmcontrol.rendering import SIZE, Camera
 
 PAPER = "m3po_paper_cfg_entry_point"
@@ -57,9 +58,23 @@ TRAIN_MISTAKES = {
     "no override": ((*WALKER, "foo=5"), "'foo=5' is neither an option"),
     "override of the environment": ((*WALKER, "env.episode_length_s=5"), "env.* is for a single Isaac Lab task"),
     "unknown field": ((*WALKER, "agent.algorithm.planner.horizn=5"), "Did you mean 'horizon'?"),
+    "field of an earlier version": (
+        (*WALKER, "agent.algorithm.distill_coef=0.1"),
+        "'distill_coef' was removed; it is replaced by the regression onto plans (planner.max_kl).",
+    ),
+    "section of an earlier version": (
+        (*TWO, "agent.algorithm.value_gradient.steps_per_iteration=0"),
+        "'value_gradient' was removed; it is replaced by planner and world_model (planner.max_kl=0 switches",
+    ),
+    "graph of a GPU on a CPU": ((*WALKER, "agent.algorithm.planner.cuda_graph=true"), "needs a CUDA device"),
     "wrong kind": ((*WALKER, "agent.algorithm.planner.horizon=x"), "expects an integer"),
     "wrong value": ((*WALKER, "agent.algorithm.planner.execution=foo"), "projected, mppi"),
     "too many mini-batches": ((*WALKER, "--num_envs", "1", "agent.algorithm.num_mini_batches=17"), "rollout, got 17"),
+    "field of another algorithm": (
+        (*WALKER, "--algo", "ppo", "agent.algorithm.planner.share=0.5"),
+        "unknown override 'agent.algorithm.planner'. agent.algorithm has: num_learning_epochs, num_mini_batches,",
+    ),
+    "agent of another algorithm": ((*WALKER, "--algo", "ppo", "--agent", PAPER), "is not one of algorithm 'ppo'"),
     "unknown agent": ((*WALKER, "--agent", "rsl_rl_cfg_entry_point"), "choose from 'm3po_cfg_entry_point'"),
     "unknown algorithm": ((*WALKER, "--algo", "sac"), "choose from 'm3po', 'ppo'"),
     "unknown device": (("--task", "walker-walk", "--device", "gpu"), "use cpu, cuda or cuda:N"),
@@ -103,7 +118,7 @@ PLAY_MISTAKES = {
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with bad checkpoints."""
     monkeypatch.chdir(tmp_path)
-    about = {"format": 1, "task": "cheetah-run", "algorithm": "m3po", "obs_dims": {"policy": 17}, "num_actions": 6}
+    about = {"format": FORMAT, "task": "cheetah-run", "algorithm": "m3po", "obs_dims": {"policy": 17}, "num_actions": 6}
     torch.save({"actor_state_dict": {"weight": torch.zeros(1000)}, "m3po": about}, "cheetah.pt")
     Path("truncated.pt").write_bytes(Path("cheetah.pt").read_bytes()[:2000])
     Path("text.pt").write_text("not a checkpoint")
@@ -189,24 +204,35 @@ def test_a_drawn_seed_is_another_one_each_time_and_is_passed_on():
     assert copy.train_cfg["algorithm"] == first.train_cfg["algorithm"]
 
 
-def test_a_single_task_looks_ahead_while_learning_and_a_set_while_acting():
-    """Each where it was measured; the PPO core and the paper mode have no value gradient."""
-    alone, several = (make_job(*task).train_cfg["algorithm"] for task in (WALKER, TWO))
-    core, paper = (make_job(*WALKER, *x).train_cfg["algorithm"] for x in (("--algo", "ppo"), ("--agent", PAPER)))
-    ahead = [cfg["value_gradient"]["steps_per_iteration"] for cfg in (alone, several, core, paper)]
-    planned = [cfg["planner"]["share"] for cfg in (alone, several, core, paper)]
-    latent = [cfg["world_model"]["steps_per_iteration"] for cfg in (alone, several, core, paper)]
-    assert (ahead, planned, latent) == ([40, 0, 0, 0], [0.0, 0.25, 0.0, 1.0], [0, 12, 0, 16])
-    replay = [cfg["critic_replay"]["steps_per_iteration"] for cfg in (alone, several, core, paper)]
-    assert (replay, alone["value_loss_coef"], core["value_loss_coef"]) == ([64, 0, 0, 0], 0.0, 1.0)
-    assert [cfg["policy_average_decay"] for cfg in (alone, several, core, paper)] == [0.95, 0.0, 0.0, 0.0]
-    assert alone["value_gradient"]["stored_rollouts"] == 3
+@pytest.mark.parametrize("mode", [(), ("--agent", PAPER)])
+def test_the_same_parts_run_on_a_single_task_and_on_a_set(mode):
+    """A set has larger batches, and discounts of its tasks instead of one."""
+    alone, several = (make_job(*task, *mode).train_cfg["algorithm"] for task in (WALKER, TWO))
+    batches = [
+        (cfg["world_model"].pop("batch_size"), cfg["critic_replay"].pop("batch_size")) for cfg in (alone, several)
+    ]
+    assert batches == ([(256, 1024)] * 2 if mode else [(256, 256), (512, 512)])
+    assert alone | {"gamma": several["gamma"]} == several
 
 
-def test_each_isaac_task_of_a_set_begins_with_the_noise_that_it_has_alone():
-    """Cartpole needs a deviation of 1 to be learnt beside the others, which begin with 0.5."""
-    job = make_job("--task", "Isaac-Classic-MT3", "--device", "cpu")
-    assert job.train_cfg["actor"]["distribution_cfg"]["init_std"] == [1.0, 0.5, 0.5]
+def test_suites_update_more_often_and_by_less():
+    """Their rollouts are smaller than those of Isaac Lab's tasks."""
+    cfg = make_job(*WALKER).train_cfg
+    assert (cfg["num_steps_per_env"], cfg["algorithm"]["desired_kl"]) == (8, 0.03)
+    model = cfg["algorithm"]["world_model"]
+    assert (model["steps_per_iteration"], model["extra_steps"]) == (40, 100)
+    paper = make_job(*WALKER, "--agent", PAPER).train_cfg
+    assert (paper["num_steps_per_env"], paper["algorithm"]["planner"]["share"]) == (16, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "stds"),
+    [("Isaac-Classic-MT3", 0.5), ("Isaac-Ant-v0,IsaacContrib-Navigation-Flat-AnymalC,walker-walk", [0.5, 0.25, 1.0])],
+)
+def test_each_isaac_task_of_a_set_begins_with_the_noise_that_it_has_alone(tasks, stds):
+    """Half of that of the task's own agent; other suites' tasks have none of their own."""
+    job = make_job("--task", tasks, "--device", "cpu")
+    assert job.train_cfg["actor"]["distribution_cfg"]["init_std"] == stds
 
 
 # -- lists ------------------------------------------------------------------------------------------------------------
@@ -378,8 +404,7 @@ def test_two_tasks_train_evaluate_and_play(run_script, tmp_path, capsys):
 @pytest.mark.sim
 def test_a_single_task_without_evaluations_plays_its_latest_checkpoint(tmp_path, capsys):
     logs = ("--log_root", str(tmp_path), "--device", "cpu")
-    latent = "agent.algorithm.world_model.steps_per_iteration=4"  # the planner's model, which the default leaves out
-    tiny = ("agent.actor.hidden_dims=[32,16]", "agent.num_steps_per_env=4", latent)
+    tiny = ("agent.actor.hidden_dims=[32,16]", "agent.num_steps_per_env=4")
     argv = ["--task", "pendulum-swingup", *SMALL, "--eval_interval", "0", *tiny, *logs]
     assert train.run(argv) == 0
     run = read_run(tmp_path, "pendulum-swingup")

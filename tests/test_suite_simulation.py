@@ -23,7 +23,7 @@ def test_two_simulations_train_one_agent(tmp_path, capfd):
     assert manifest["num_envs"] == [12, 12]
     with open(run_dir / "tasks.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["task"], int(row["env_steps"])) for row in rows[-2:]] == [("Isaac-Cartpole", 384), ("Isaac-Ant", 384)]
+    assert [(row["task"], int(row["env_steps"])) for row in rows[-2:]] == [("Isaac-Cartpole", 192), ("Isaac-Ant", 192)]
     assert (run_dir / "model_last.pt").is_file()
     assert (run_dir / "embeddings.csv").is_file()
     assert "nearest tasks" in printed

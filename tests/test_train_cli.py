@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import REPOSITORY, Result, run_process
 
-from m3po.presets import default_preset
+from m3po.config import AlgorithmCfg
+from m3po.presets import describe
+from m3po.runners.checkpoint import FORMAT
 
 # Many command lines in one process, because each costs the start of Isaac Lab. The asset root is fixed from outside:
 # a process can choose its assets only once, and none of these lines gets as far as loading any.
@@ -31,7 +33,7 @@ print(json.dumps(answers))
 """
 
 ANT = ("--task", "Isaac-Ant-v0", "--device", "cpu")
-PLANNED = ("agent.algorithm.planner.share=1.0", "agent.algorithm.world_model.steps_per_iteration=10")
+UNTRAINED = "agent.algorithm.world_model.steps_per_iteration=0"
 MISTAKES = {
     "no task": ((), "--task"),
     "unknown task": (("--task", "Isaac-Antt-v0"), "Closest: Isaac-Ant,"),
@@ -50,16 +52,25 @@ MISTAKES = {
     "unknown physics": ((*ANT, "physics=foo"), "newton_mjwarp"),
     "wrong kind": ((*ANT, "agent.algorithm.planner.horizon=x"), "expects an integer"),
     "wrong value": ((*ANT, "agent.algorithm.planner.execution=foo"), "projected, mppi"),
-    "kernels of a GPU on a CPU": ((*ANT, "agent.algorithm.planner.epilogues=triton"), "needs a CUDA device"),
     "graph of a GPU on a CPU": ((*ANT, "agent.algorithm.planner.cuda_graph=true"), "needs a CUDA device"),
     "unknown kernels": ((*ANT, "agent.algorithm.planner.kernels=cuda"), "one of torch, warp"),
-    "wrong schedule": ((*ANT, "agent.algorithm.planner.stages=[[0.5,{{'shar':1}}]]"), "cannot change shar"),
-    "more memory than there is": (
-        (*ANT, "--num_envs", "9000000", "agent.algorithm.planner.num_samples=512", *PLANNED),
-        "GiB free: lower num_envs, planner.share",
+    "field of an earlier version": (
+        (*ANT, "agent.algorithm.planner.stages=[[0.5,{{'share':0.1}}]]"),
+        "'stages' was removed; it is replaced by nothing: the share follows the realised gain.",
     ),
-    "a planner without a trained model": ((*ANT, PLANNED[0]), "set, for example, world_model.steps_per_iteration=10"),
-    "a bonus without a trained model": ((*ANT, "agent.algorithm.bonus.alpha=0.3"), "bonus.alpha is 0.3, but the"),
+    "section of an earlier version": (
+        (*ANT, "agent.algorithm.value_gradient.steps_per_iteration=0"),
+        "'value_gradient' was removed; it is replaced by planner and world_model (planner.max_kl=0 switches",
+    ),
+    "plans without a trained model": ((*ANT, UNTRAINED), "set, for example, world_model.steps_per_iteration=40"),
+    "a planner without a trained model": (
+        (*ANT, UNTRAINED, "agent.algorithm.planner.max_kl=0.0"),
+        "planner.share is 0.25, but the world model that it needs is not trained",
+    ),
+    "a bonus without a trained model": (
+        (*ANT, UNTRAINED, "agent.algorithm.planner.max_kl=0.0", "agent.algorithm.planner.share=0.0"),
+        "bonus.size is 0.15, but the world model that it needs is not trained",
+    ),
     "no environments": ((*ANT, "--num_envs", "0"), "at least 1, got 0"),
     "negative environments": ((*ANT, "--num_envs", "-4"), "at least 1, got -4"),
     "no environments by override": ((*ANT, "env.scene.num_envs=0"), "num_envs must be at least 1"),
@@ -101,7 +112,13 @@ MISTAKES = {
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """Answer to each of the mistakes."""
     folder = tmp_path_factory.mktemp("mistakes")
-    about = {"format": 1, "task": "Isaac-Cartpole", "algorithm": "m3po", "obs_dims": {"policy": 4}, "num_actions": 1}
+    about = {
+        "format": FORMAT,
+        "task": "Isaac-Cartpole",
+        "algorithm": "m3po",
+        "obs_dims": {"policy": 4},
+        "num_actions": 1,
+    }
     torch.save({"actor_state_dict": {}, "m3po": about}, folder / "cartpole.pt")
     (folder / "truncated.pt").write_bytes((folder / "cartpole.pt").read_bytes()[:600])
     (folder / "text.pt").write_text("not a checkpoint")
@@ -179,12 +196,12 @@ def test_defaults_and_overrides_of_both_algorithms():
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 SMALL = ("--num_envs", "16", "--max_iterations", "2", "--device", "cpu", "--seed", "3")
+# without the gradient's gate, all environments act by plans from the first step on
 PLANNING = (
     "agent.algorithm.planner.share=1.0",
-    "agent.algorithm.planner.min_skill=-1000.0",
-    "agent.algorithm.planner.min_reward_ev=-1000.0",
+    "agent.algorithm.planner.max_kl=0.0",
     "agent.algorithm.world_model.steps_per_iteration=4",
-    "agent.algorithm.distill_coef=0.5",
+    "agent.algorithm.world_model.extra_steps=20",
 )
 OURS = ("scripts/train.py", "--task", "Isaac-Cartpole-v0", "--algo", "m3po", "--headless", "--eval_interval", "0")
 STOCK = ("-m", "isaaclab", "train", "--task", "Isaac-Cartpole", "--rl_library")
@@ -245,10 +262,9 @@ def test_the_planner_took_part_in_the_compared_runs(runs):
 @pytest.mark.sim
 def test_launcher_prints_what_it_chose(runs):
     m3po, ppo = runs["m3po, our script"].result.stdout, runs["ppo, our backend"].result.stdout
-    preset = default_preset("cpu", policy_width=32)  # Cartpole's policy
-    sizes = f"(model {preset.world_model.size}, {preset.planner.num_samples} samples x "
-    assert f"[m3po] preset: default, cpu {sizes}" in m3po
-    assert "[m3po] value gradient: off" in m3po
+    preset = AlgorithmCfg()
+    preset.planner.share, preset.planner.max_kl, preset.world_model.steps_per_iteration = 1.0, 0.0, 4
+    assert describe(preset, "default", "cpu") in m3po
     for stdout, num_steps in ((m3po, 8), (ppo, 16)):
         assert "[m3po] device: cpu, torch threads: 1 (OMP_NUM_THREADS)" in stdout
         assert "[m3po] assets: embedded" in stdout
@@ -271,7 +287,7 @@ def test_manifest_records_the_run(runs):
     assert manifest["versions"]["isaaclab"] == "3.0.0"
     assert manifest["command"][1:3] == ["--task", "Isaac-Cartpole-v0"]
     assert manifest["overrides"] == list(PLANNING)
-    assert manifest["configuration"]["agent"]["algorithm"]["planner"]["min_skill"] == -1000.0
+    assert manifest["configuration"]["agent"]["algorithm"]["planner"]["max_kl"] == 0.0
     assert manifest["configuration"]["env"]["scene"]["num_envs"] == 16
     assert "environ" not in json.dumps(manifest["command"])
 

@@ -80,19 +80,22 @@ class PointEnv(VecEnv):
 
 def runner_cfg(**algorithm: object) -> dict:
     """A runner configuration of M3PO for :class:`PointEnv`, small enough for a test."""
-    model = {
-        "size": "tiny",
-        "task_embedding_dim": 4,
-        "steps_per_iteration": 4,
-        "batch_size": 64,
-        "ring_transitions": 2000,
-    }
     network = {"class_name": "MLPModel", "hidden_dims": [32, 32], "activation": "elu"}
     noise = {"class_name": "GaussianDistribution", "init_std": 1.0}
     values = {
         "class_name": "m3po.algorithms:M3PO",
-        "world_model": {**model, "horizon": 3},
-        "planner": {"horizon": 3, "num_samples": 16, "num_prior_samples": 4, "num_iterations": 1, "num_elites": 8},
+        "policy_average_decay": 0.0,
+        "world_model": {
+            "features": 16,
+            "width": 32,
+            "task_embedding_dim": 4,
+            "steps_per_iteration": 4,
+            "extra_steps": 0,
+            "batch_size": 64,
+            "replay_transitions": 2000,
+        },
+        "planner": {"num_samples": 8, "num_states": 256},
+        "critic_replay": {"steps_per_iteration": 4, "batch_size": 64},
     }
     for name, value in algorithm.items():
         values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value

@@ -54,7 +54,7 @@ def main(folder: Path, kills: int) -> None:
         during_a_write += bool(list(folder.glob(".model_*.tmp")))
         content = read_checkpoint(folder / LAST)  # raises if it is not readable
         assert content["iter"] >= iterations, "an iteration that was saved is gone"
-        assert content["resume"]["algorithm"]["ring"]["size"] > 0
+        assert content["resume"]["algorithm"]["replay"]["size"] > 0
         for path in folder.glob("model_*.pt"):
             read_checkpoint(path)
         iterations = content["iter"] + 1

@@ -3,6 +3,10 @@
 ``python toy_ranks.py FOLDER PORT`` trains in one process and in two, and saves what each of them knows. Every
 random number is drawn for all environments, and each process takes its share; mini-batches are the whole data, so that
 their order does not matter, and all environments are planned.
+
+What one process and two have learnt is compared in float64. Sums over all environments are rounded otherwise in two
+processes, and otherwise on each processor. Thresholds (accepted plans, clipped ratios, step sizes) make steps of that.
+In float64 the difference is too small to reach any of them.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from m3po.cli.suite_job import with_absent
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.envs.suite import TaskInfo
 from m3po.runners import M3PORunner
+from m3po.storage import ReplayBuffer, Sequences
 
 TOTAL, ITERATIONS = 128, 5
 
@@ -60,13 +65,15 @@ def share_noise(num_envs: int, first: int) -> None:
 
 
 def config() -> dict[str, Any]:
-    """Plans everywhere, looks ahead, has a bonus and normalisers, and takes all data at once."""
+    """Plans everywhere, has a bonus and normalisers, and takes all data at once."""
     # Every candidate is an elite: which of two equal ones is chosen, the rounding of sums would decide.
-    planner = {"share": 1.0, "min_skill": None, "min_reward_ev": None, "num_samples": 16, "num_elites": 16}
-    # A small rate of the regression, which rises here: the larger it is, the further Adam carries the sums' rounding.
-    ahead = {"steps_per_iteration": 20, "width": 16, "full_slope": 0.01, "policy_learning_rate": 2e-4}
+    planner = {"share": 1.0, "num_samples": 16, "num_elites": 16, "full_gain": 0.01, "num_states": 0}
     cfg = runner_cfg(
-        planner=planner, bonus={"alpha": 0.3}, value_gradient=ahead, num_mini_batches=1, normalize_values=True
+        planner=planner,
+        world_model={"steps_per_iteration": 20},
+        critic_replay={"steps_per_iteration": 0},
+        value_loss_coef=1.0,
+        num_mini_batches=1,
     )
     for network in ("actor", "critic"):
         cfg[network]["obs_normalization"] = True
@@ -85,13 +92,19 @@ def two_tasks(num_envs: int, first: int) -> VecEnv:
     return MultiTaskVecEnv(with_absent(members, infos, "cpu"), "cpu")
 
 
+def newest(replay: ReplayBuffer, horizon: int) -> Sequences:
+    """Sub-sequences that start at the first step of the newest rollout, one per environment."""
+    slots = (replay.head - replay.num_steps + torch.arange(horizon)) % replay.capacity
+    return replay._gather(slots.expand(replay.num_envs, -1), torch.arange(replay.num_envs).unsqueeze(1))
+
+
 def train(env: VecEnv, first: int) -> dict[str, Any]:
     """Train on a share of the environments. Returns all that is learnt and reported."""
     torch.manual_seed(first)  # other initial weights in each process: those of the first must count
     share_noise(env.num_envs, first)
     run = M3PORunner(env, config(), device="cpu")
-    ring, rows, gradients = run.alg.ring, [], []
-    ring.sample = lambda batch_size, horizon: ring.newest(horizon)
+    replay, rows, gradients = run.alg.replay, [], []
+    replay.sample = lambda batch_size, horizon: newest(replay, horizon)
     run.reporter.report = lambda row, losses, metrics: rows.append({**row, **losses, **metrics})
     step = run.alg.policy_learner.optimizer.step
 
@@ -116,11 +129,14 @@ class StockRunner(OnPolicyRunner):
 
 
 def others(rank: int) -> dict[str, torch.Tensor]:
-    """Policies of M3PO under rsl_rl's runner, and of rsl_rl's PPO under ours."""
+    """Policies of M3PO under rsl_rl's runner, and of rsl_rl's PPO under ours, for one task and for two."""
     ppo = {"class_name": "PPO", "num_mini_batches": 2}
+    several = config() | {"algorithm": ppo | {"class_name": "m3po.algorithms.ppo:PPO", "gamma": 0.97}}
+    several |= {name: several[name] | {"embedding_dim": 4} for name in ("actor", "critic")}
     runs = {
         "M3PO, stock runner": StockRunner(SharedPoint(16, 16 * rank), config()),
         "PPO": M3PORunner(SharedPoint(16, 16 * rank), config() | {"algorithm": ppo}),
+        "PPO, two tasks": M3PORunner(two_tasks(TOTAL // 2, rank * TOTAL // 2), several),
     }
     policies = {}
     for name, run in runs.items():
@@ -137,7 +153,7 @@ def resumed(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
         torch.manual_seed(rank)
         (folder / name).mkdir(exist_ok=True)
         for k, iterations in enumerate(parts):
-            cfg = runner_cfg(planner={"share": 0.5, "min_skill": None, "min_reward_ev": None})
+            cfg = runner_cfg(planner={"share": 0.5})
             run = M3PORunner(PointEnv(16, seed=rank), cfg, str(folder / name))
             if k > 0:
                 torch.manual_seed(99)
@@ -155,10 +171,12 @@ def work(rank: int, size: int, folder: str) -> None:
     num_envs = TOTAL // size
     with distributed.group(size > 1, "cpu"):
         first = rank * num_envs
+        torch.set_default_dtype(torch.float64)
         result = {
             "one task": train(SharedPoint(num_envs, first), first),
             "two tasks": train(two_tasks(num_envs, first), first),
         }
+        torch.set_default_dtype(torch.float32)  # the rest is compared bit for bit
         if size > 1:
             result["others"] = others(rank)
             result["resumed"] = resumed(rank, Path(folder))

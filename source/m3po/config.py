@@ -1,7 +1,7 @@
-"""Every tunable number of M3PO, one dataclass per component.
+"""Every tunable number of M3PO, one dataclass per component. The defaults are the default mode, sized for a CPU.
 
-Each field is one settlement of the algorithm (see ``docs/algorithm.md``), so that an ablation is one override:
-``agent.algorithm.planner.horizon=5``. Isaac Lab's configclasses are thin mirrors of the dataclasses below.
+Each field is one override: ``agent.algorithm.planner.horizon=5``. :mod:`m3po.presets` lists what paper mode changes,
+and which sizes a GPU changes. Isaac Lab's configclasses are thin mirrors of the dataclasses below.
 """
 
 from __future__ import annotations
@@ -9,20 +9,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
-
-MODEL_SIZES: dict[str, tuple[int, int, int]] = {
-    # name: (latent dimensions, hidden width, encoder width); the parameter counts are those of a 60-d observation and
-    # an 8-d action, checked by a test.
-    "micro": (32, 64, 32),
-    "tiny": (64, 128, 128),
-    "small": (128, 256, 256),
-    "1M": (128, 416, 256),
-    "5M": (512, 912, 256),
-    "19M": (768, 1984, 1024),
-    "48M": (768, 3328, 1792),
-}
-"""World-model sizes: latent dimensions, hidden width of the heads, hidden width of the encoder."""
-
 
 QUARANTINE_SHARE = 0.5
 """Default of ``agent.quarantine_share``: a run stops, with a checkpoint, when more than this share of its environments
@@ -37,175 +23,121 @@ def check_quarantine_share(share: float) -> None:
 
 @dataclass
 class WorldModelCfg:
-    """The implicit latent world model and its training."""
+    """The implicit world model and its training on the replay buffer."""
 
-    size: str = "1M"
-    """Row of :data:`MODEL_SIZES`."""
+    anchor: bool = True
+    """Whether the observation is part of the latent; without it, the latent is purely learnt, and has heads of its own
+    for value and policy."""
 
-    simnorm_dim: int = 8
-    """Group size of SimNorm; divides the latent dimensions."""
+    features: int = 32
+    """Learnt dimensions of the latent; a multiple of 8."""
 
-    dynamics: str = "residual"
-    """``residual``: ``z' = SimNorm(log z + f(z, a))``, which is "no change" at initialisation; ``plain``: TD-MPC2's."""
+    width: int = 256
+    """Units of each hidden layer; the anchored form's encoder has a quarter of them."""
 
-    task_embedding_dim: int = 96
-    """Dimensions of the learnable task embedding (maximum norm 1)."""
+    task_embedding_dim: int = 16
+    """Dimensions of the learnable task embedding (norm 1)."""
 
-    num_bins: int = 101
-    """Bins of the two-hot reward and value heads."""
+    horizon: int = 1
+    """Transitions per training sub-sequence, steps; step ``k`` weighs ``0.5**k``."""
 
-    bin_range: tuple[float, float] = (-10.0, 10.0)
-    """Range of the bins in symlog space."""
+    steps_per_iteration: int = 60
+    """Gradient steps after each rollout. 0: nothing is learnt about the environment, planned or explored."""
 
-    horizon: int = 3
-    """Transitions per training sub-sequence, steps."""
+    extra_steps: int = 200
+    """More gradient steps in each of the first ten iterations."""
 
-    steps_per_iteration: int = 32
-    """Gradient steps after each rollout."""
-
-    extra_steps: int = 0
-    """More gradient steps after the first rollout; they fall linearly to none over :attr:`extra_iterations`."""
-
-    extra_iterations: int = 10
-    """Iterations that take extra steps, so that planning starts while the policy still learns most."""
-
-    batch_size: int = 1024
+    batch_size: int = 512
     """Sub-sequences per gradient step."""
 
-    ring_transitions: int = 160_000
-    """Transitions kept from recent rollouts. 0 keeps exactly the current rollout."""
-
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-3
     """Adam's step size."""
 
-    encoder_lr_scale: float = 0.3
-    """Step size of the encoder relative to :attr:`learning_rate`."""
-
-    max_grad_norm: float = 20.0
-    """Gradient clipping threshold (L2 norm over the whole model)."""
-
-    consistency_coef: float = 200.0
-    """Weight of the latent consistency loss."""
-
-    reward_coef: float = 0.3
-    """Weight of the reward cross-entropy."""
-
-    value_coef: float = 0.1
-    """Weight of the value cross-entropy."""
-
-    continuation_coef: float = 1.0
-    """Weight of the continuation cross-entropy."""
-
-    prior_coef: float = 1.0
-    """Weight of the KL term that keeps the latent prior at the executed policy."""
-
-    value_target: str = "critic"
-    """``critic``: ``V(z)`` follows the GAE critic, which is up to date on old data too; ``returns``: lambda-returns."""
-
-    rho: float = 0.5
-    """Step ``k`` of a sub-sequence is weighted ``rho**k``."""
-
-    balance_terminations: bool = False
-    """Weight both classes of the continuation loss equally."""
-
-    terminal_reward: bool = False
-    """Learn the reward of a fall as a constant of its own (per task) instead of through the reward head."""
+    replay_transitions: int = 160_000
+    """Transitions that the replay buffer holds. 0 keeps exactly the current rollout."""
 
 
 @dataclass
 class PlannerCfg:
-    """Batched MPPI over the latent model."""
+    """Maximisation of the imagined return (2) by its gradient and by MPPI, while learning and while acting."""
 
     horizon: int = 3
-    """Planned steps H."""
+    """Imagined steps H."""
 
-    num_samples: int = 64
-    """Candidate action sequences per environment, those of the prior included."""
+    average_horizons: bool = True
+    """Whether the imagined return is the mean over 1 to H steps; otherwise that of H steps, as in the paper."""
 
-    num_prior_samples: int = 8
-    """Candidates that follow the latent prior closed-loop."""
+    max_kl: float = 0.06
+    """Trust region of plans that are learnt from: their mean KL to the policy, nats. 0: none are made."""
 
-    num_iterations: int = 2
-    """MPPI iterations. 0 reproduces the prior bit for bit."""
+    full_gain: float = 0.06
+    """Plans go as far as their trust region allows where real advantages rise along them by this much, in deviations of
+    the advantage per deviation of the action. Below that they are proportionally shorter."""
 
-    num_elites: int = 8
+    num_states: int = 4096
+    """Observations that are planned at while learning: the rollout's, and up to three times as many stored ones."""
+
+    learning_rate: float = 1e-3
+    """First step size of the policy's regression onto the plans."""
+
+    share: float = 0.25
+    """Largest share of the environments that act by a plan, in [0, 1]; which ones rotates with every rollout."""
+
+    max_acting_kl: float = 0.3
+    """Trust region of plans that are acted on: ``KL(beta||pi)``, nats."""
+
+    num_samples: int = 8
+    """Candidate action sequences of MPPI per environment, the policy's own and the gradient's included."""
+
+    num_policy_samples: int = 2
+    """Candidates that are trajectories of the policy with its noise."""
+
+    num_iterations: int = 1
+    """MPPI iterations. 0: the plan is the gradient's."""
+
+    num_elites: int = 4
     """Best candidates that update the sampling distribution."""
 
     temperature: float = 1.0
-    """Softmax inverse scale: weight of a candidate is ``exp(z_score * temperature)``."""
-
-    max_noise: float = 3.0
-    """Bound on the whitened perturbation ``abs(u)``."""
-
-    min_std: float = 0.05
-    """Lower bound of the whitened sampling deviation after an update."""
-
-    share: float = 0.25
-    """Share of the environments that are planned, in [0, 1]; which ones rotates with every rollout."""
-
-    max_kl: float = 0.3
-    """Trust region: largest ``KL(beta||pi)`` of an executed plan, nats."""
+    """Inverse scale of MPPI's softmax: the weight of a candidate is ``exp(z_score * temperature)``."""
 
     execution: str = "projected"
     """``projected``: ``a = m + sigma * xi`` on the trust region; ``mppi``: an elite drawn by its weight, plus noise."""
 
-    stages: list = field(default_factory=list)
-    """Budget as a schedule: pairs ``[progress, {field: value}]``. From that share of the training iterations on, the
-    fields (``share``, ``num_samples``, ``num_prior_samples``, ``num_iterations``, ``num_elites``, ``horizon``) have
-    those values, on top of earlier stages."""
-
     kernels: str = "torch"
     """Sampling and elite update: ``torch``, or ``warp`` kernels (on CUDA one launch each, on a CPU for testing)."""
 
-    epilogues: str = "eager"
-    """LayerNorm, Mish, SimNorm and two-hot sums of imagination: ``eager`` torch, ``compiled`` by inductor (on a CPU it
-    needs a C++ compiler), or fused ``triton`` kernels (CUDA)."""
-
     precision: str = "float32"
-    """Matrices and activations of imagination: ``float32``, or ``bfloat16`` with float32 sums and normalisations."""
-
-    chunk_rows: int = 0
-    """Candidates imagined together. 0: what the device's cache holds."""
+    """Matrix products of MPPI's imagination: ``float32`` or ``bfloat16``."""
 
     cuda_graph: bool = False
-    """Capture the whole plan as one CUDA graph."""
-
-    min_skill: float | None = 0.2
-    """The planner is off while the model's one-step skill over "no change" is below this. ``None``: no gate."""
-
-    min_reward_ev: float | None = 0.2
-    """The planner is off while the model explains less of the reward's variance than this. ``None``: no gate."""
+    """Capture a whole MPPI plan as one CUDA graph."""
 
 
 @dataclass
 class BonusCfg:
-    """Exploration bonus (4)-(7) from the gap between model-free and model-based values."""
+    """Exploration bonus (4)-(7) from the gap between what was predicted and what happened."""
 
-    alpha: float = 0.0
-    """Initial weight of the bonus."""
+    size: float = 0.15
+    """Mean size of the bonus, in mean sizes of the advantage, of a task that no episode has been rewarded in. It falls
+    to 0 while a fifth of the episodes comes to be. 0: no bonus."""
 
-    anneal_fraction: float = 0.5
-    """``alpha`` falls linearly to 0 over this share of the training iterations."""
+    num_functions: int = 8
+    """Random linear functions of the latent that the gap is measured in, beside the value. 0: the value alone (6)."""
 
-    centering: str = "robust"
-    """``mean``: ``eps - mean(eps)`` (paper); ``robust``: per-task ``(eps - median)/MAD``, clipped to 3."""
-
-    floor: float = 0.0
-    """The bonus is bounded by ``max(abs(A), floor)``."""
+    literal: bool = False
+    """The paper's form: mean centring, bounded by the size of the advantage, ``alpha`` falling from 1 to 0."""
 
 
 @dataclass
 class CriticReplayCfg:
-    """More training of the critic, on the last steps of each environment as one trajectory."""
+    """Training of the critic on the last steps of each environment as one trajectory."""
 
-    steps_per_iteration: int = 0
+    steps_per_iteration: int = 64
     """Gradient steps before each policy update. 0: the critic learns from the newest rollout alone, as in PPO."""
 
     horizon: int = 64
-    """Newest steps of each environment that it learns from; fewer where the ring holds fewer."""
-
-    lam: float = 0.95
-    """Lambda of the returns along these steps."""
+    """Newest steps of each environment that it learns from; fewer where the replay buffer holds fewer."""
 
     batch_size: int = 1024
     """Observations per gradient step."""
@@ -215,54 +147,11 @@ class CriticReplayCfg:
 
 
 @dataclass
-class ValueGradientCfg:
-    """Look-ahead at update time: the policy also follows the gradient of an imagined value."""
-
-    steps_per_iteration: int = 0
-    """Gradient steps of the model of observations after each rollout. 0: there is no such model, and no look-ahead."""
-
-    extra_steps: int = 0
-    """More gradient steps in each of the first :attr:`extra_iterations` iterations."""
-
-    extra_iterations: int = 10
-    """Iterations that take extra steps."""
-
-    batch_size: int = 512
-    """Transitions per gradient step."""
-
-    width: int = 256
-    """Units of each of the model's two hidden layers."""
-
-    learning_rate: float = 3e-3
-    """Adam's step size of the model."""
-
-    horizon: int = 3
-    """Most imagined steps H before the critic's value; the mean over 1 to H is taken."""
-
-    stored_rollouts: int = 0
-    """The policy is also planned for at this many times as many observations as a rollout holds, drawn from the newest
-    ``critic_replay.horizon`` steps."""
-
-    max_kl: float = 0.06
-    """Trust region: largest mean KL between policy and plans at the observations of the rollout, nats."""
-
-    full_slope: float = 0.06
-    """The plans go as far as :attr:`max_kl` allows where real advantages rise along them by this much, in deviations of
-    the advantage per deviation of the action, and proportionally less far below; 0.06 is what PPO's own update had."""
-
-    num_epochs: int = 4
-    """Passes of the policy's regression onto the plans; ``num_mini_batches`` each."""
-
-    policy_learning_rate: float = 1e-3
-    """Adam's step size of that regression."""
-
-    policy_schedule: str = "adaptive"
-    """``adaptive``: that step size follows the plans' length and how far the policy moved; ``fixed``: it stays."""
-
-
-@dataclass
 class AlgorithmCfg:
-    """The M3PO update: PPO core (8)-(9), model, planner and bonus."""
+    """The M3PO update: PPO core (8)-(9), critic, world model, planner and bonus."""
+
+    replay_ratio: float = 1.0
+    """Factor of the gradient steps of world model and critic, and of the stored observations that are planned at."""
 
     num_learning_epochs: int = 5
     """Passes over the rollout."""
@@ -279,53 +168,36 @@ class AlgorithmCfg:
     lam: float = 0.9
     """Lambda of GAE and of V-trace."""
 
-    value_loss_coef: float = 1.0
-    """Weight of the critic's loss on the rollout. 0: it learns on the ring alone (:attr:`critic_replay`)."""
+    value_loss_coef: float = 0.0
+    """Weight of the critic's loss on the rollout. 0: it learns on the replay buffer alone (:attr:`critic_replay`)."""
 
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
     learning_rate: float = 1e-3
-    """Initial step size of the policy."""
-
-    critic_min_learning_rate: float = 1e-3
-    """The critic follows the policy's adaptive rate, as in rsl_rl, but never below this."""
+    """Initial step size of the policy; the critic's follows it on the rollout, but never below this."""
 
     max_grad_norm: float = 1.0
-    """Gradient clipping threshold of policy and critic, each."""
+    """Gradient clipping threshold of policy, critic and world model, each."""
 
-    use_clipped_value_loss: bool = True
-    """Clip the critic's update as PPO2 does."""
+    std_learning_rate: float = 2e-3
+    """Adam's step size of the action std. 0: it follows the policy's, as in rsl_rl."""
 
-    normalize_values: bool = False
-    """The critic works in units of the task's ``RMS(reward) / (1 - gamma)`` instead of reward units, so that several
-    tasks weigh the same; a single task whose rewards are already scaled does not need it."""
-
-    std_learning_rate: float = 0.0
-    """Adam's step size of the action deviation. 0: it follows the policy's rate, as in rsl_rl."""
-
-    policy_average_decay: float = 0.0
-    """What evaluations, ``play.py`` and exports act with is the exponential moving average of the policy's weights over
-    iterations, with this decay; what collects rollouts is the newest policy. 0: the newest policy everywhere."""
+    policy_average_decay: float = 0.8
+    """Evaluations, ``play.py`` and exports act with the exponential moving average of the policy's weights over
+    iterations, with this decay. 0: with the newest policy, which collects rollouts."""
 
     schedule: str = "adaptive"
-    """``adaptive``: the policy's rate follows :attr:`desired_kl`; ``fixed``."""
+    """``adaptive``: the policy's step size follows :attr:`desired_kl`; ``fixed``."""
 
-    desired_kl: float = 0.01
-    """Target KL per update of the adaptive schedule, nats."""
+    desired_kl: float = 0.06
+    """KL budget of an update, nats: the plans' share of it first, PPO gets the rest."""
 
     ratio: str = "decoupled"
     """``decoupled``: ``min(1, pi_old/beta)`` times the clipped ``pi_new/pi_old``; ``prior``: the paper's."""
 
     advantage: str = "gae"
     """``gae``, or ``vtrace`` for a planner without a trust region."""
-
-    restore_after: int = 5
-    """Gradient steps in a row that were skipped, because they were not finite, after which policy and critic, or the
-    world model, go back to their last good state."""
-
-    distill_coef: float = 0.4
-    """Weight of the regression of the prior's mean onto the planner's, where the plan is predicted to be better."""
 
     world_model: WorldModelCfg = field(default_factory=WorldModelCfg)
     """World model."""
@@ -337,10 +209,7 @@ class AlgorithmCfg:
     """Exploration bonus."""
 
     critic_replay: CriticReplayCfg = field(default_factory=CriticReplayCfg)
-    """Critic's training on the ring."""
-
-    value_gradient: ValueGradientCfg = field(default_factory=ValueGradientCfg)
-    """Policy's improvement by the gradient of an imagined value."""
+    """Critic's training on the replay buffer."""
 
     def __post_init__(self) -> None:
         """Accept nested dictionaries, as configuration systems deliver them."""
@@ -355,9 +224,59 @@ COMPONENTS = {
     "planner": PlannerCfg,
     "bonus": BonusCfg,
     "critic_replay": CriticReplayCfg,
-    "value_gradient": ValueGradientCfg,
 }
 """Fields of :class:`AlgorithmCfg` that are configurations of their own."""
+
+REMOVED = {
+    "AlgorithmCfg": {
+        "value_gradient": "planner and world_model (planner.max_kl=0 switches the value gradient off)",
+        "distill_coef": "the regression onto plans (planner.max_kl)",
+        "normalize_values": "nothing: values are always in units of the task",
+        "critic_min_learning_rate": "learning_rate",
+        "restore_after": "nothing: it is 5",
+        "use_clipped_value_loss": "nothing: the value loss is clipped",
+    },
+    "WorldModelCfg": {
+        "size": "features and width",
+        "simnorm_dim": "nothing: it is 8",
+        "dynamics": "anchor",
+        "ring_transitions": "replay_transitions",
+        "extra_iterations": "nothing: it is 10",
+        **dict.fromkeys(("num_bins", "bin_range"), "nothing: rewards and values are standardised regressions"),
+        **dict.fromkeys(
+            ("consistency_coef", "reward_coef", "value_coef", "continuation_coef", "prior_coef", "rho"),
+            "nothing: losses are in units of what a step changes",
+        ),
+        **dict.fromkeys(("encoder_lr_scale", "max_grad_norm"), "learning_rate and agent.algorithm.max_grad_norm"),
+        "value_target": "nothing: V(z) follows the critic",
+        **dict.fromkeys(("balance_terminations", "terminal_reward"), "nothing: falls have a reward of their own"),
+    },
+    "PlannerCfg": {
+        "num_prior_samples": "num_policy_samples",
+        **dict.fromkeys(("max_noise", "min_std", "chunk_rows"), "nothing: it is a constant"),
+        **dict.fromkeys(("stages", "min_skill", "min_reward_ev"), "nothing: the share follows the realised gain"),
+        "epilogues": "nothing",
+    },
+    "BonusCfg": {
+        "alpha": "size",
+        "anneal_fraction": "nothing: the weight follows the share of rewarded episodes",
+        "centering": "literal",
+        "floor": "nothing: it is a constant",
+    },
+    "CriticReplayCfg": {"lam": "nothing: it is 0.95"},
+}
+"""Fields of earlier versions, and what replaces them."""
+
+
+def replacement(cls_name: str, field_name: str) -> str:
+    """What replaced a field of an earlier version, as the end of a message; empty for a name that never was one.
+
+    Args:
+        cls_name: Name of the configuration class.
+        field_name: The unknown field.
+    """
+    found = REMOVED.get(cls_name.removeprefix("M3PO"), {}).get(field_name)
+    return "" if found is None else f" '{field_name}' was removed; it is replaced by {found}."
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
@@ -369,18 +288,6 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     names = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(values) - set(names))
     if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}. It has: {', '.join(names)}.")
+        hints = "".join(replacement(cls.__name__, name) for name in unknown)
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}. It has: {', '.join(names)}.{hints}")
     return cls(**values)
-
-
-STAGE_FIELDS = ("share", "num_samples", "num_prior_samples", "num_iterations", "num_elites", "horizon")
-"""Fields of :class:`PlannerCfg` that :attr:`PlannerCfg.stages` may change."""
-
-
-def planner_at(cfg: PlannerCfg, progress: float) -> PlannerCfg:
-    """The planner's configuration after a share ``progress`` in [0, 1] of the training iterations."""
-    values: dict[str, Any] = {}
-    for begin, changes in cfg.stages:
-        if progress >= begin:
-            values |= changes
-    return dataclasses.replace(cfg, **values)

@@ -192,16 +192,15 @@ def _listen(orders: queue.SimpleQueue) -> None:
 def policies_of(train_cfg: dict[str, Any]) -> tuple[str, ...]:
     """What is evaluated of a runner configuration, whose environments are split evenly among them.
 
-    The planner needs the latent model, which not every configuration trains.
+    The planner needs the world model, which not every configuration trains.
     """
     model = train_cfg["algorithm"].get("world_model", {})
-    trained = any(model.get(name) for name in ("steps_per_iteration", "extra_steps"))
-    return ("prior", "planner") if trained else ("prior",)
+    return ("prior", "planner") if model.get("steps_per_iteration") else ("prior",)
 
 
 def acting_cfg(train_cfg: dict[str, Any]) -> dict[str, Any]:
     """Reduce a runner configuration to acting: storage and mini-batches are not used, and kept small."""
     algorithm = train_cfg["algorithm"] | {"num_mini_batches": 1}
     if "world_model" in algorithm:
-        algorithm["world_model"] = algorithm["world_model"] | {"ring_transitions": 0}
+        algorithm["world_model"] = algorithm["world_model"] | {"replay_transitions": 0}
     return train_cfg | {"algorithm": algorithm}

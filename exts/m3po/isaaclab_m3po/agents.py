@@ -19,26 +19,9 @@ import torch
 from isaaclab.utils import configclass
 from isaaclab_rl.rsl_rl import RslRlOnPolicyRunnerCfg
 
-from m3po.config import (
-    COMPONENTS,
-    QUARANTINE_SHARE,
-    AlgorithmCfg,
-    BonusCfg,
-    CriticReplayCfg,
-    PlannerCfg,
-    ValueGradientCfg,
-    WorldModelCfg,
-    from_dict,
-)
+from m3po.config import COMPONENTS, QUARANTINE_SHARE, AlgorithmCfg, from_dict
 from m3po.errors import UserError
-from m3po.presets import (
-    SMALL_POLICY,
-    default_preset,
-    describe,
-    learn_values_on_the_ring,
-    look_ahead_while_learning,
-    paper_preset,
-)
+from m3po.presets import MODES, describe, sized
 
 CPU_NUM_ENVS = 512
 """Environments of a run on the CPU, unless the command line says otherwise."""
@@ -49,35 +32,19 @@ CPU_NUM_STEPS = 8
 CPU_MAX_ITERATIONS = 256
 """Training iterations of the default mode on the CPU: 1M environment steps with the two numbers above."""
 
-CPU_DESIRED_KL = {"small": 0.03, "large": 0.06}
-"""Target KL per update of the default mode on the CPU, for small policies and the others."""
-
-CPU_SMALL_CRITIC = {"steps": 32, "batch_size": 1024, "learning_rate": 3e-3}
-"""How a small policy's critic learns on the ring in the default mode on the CPU; it learns nowhere else then."""
-
-CPU_WITHOUT_VALUE_GRADIENT = {"humanoid", "humanoid_direct"}
-"""Experiment names of the tasks whose default mode on the CPU leaves the value gradient out, because it cost more than
-it brought (docs/experiments.md, entry 27)."""
-
-INIT_STD = 0.5
-"""Initial standard deviation of the actions of the default mode on the CPU, but for small policies."""
+FIRST_STD = 0.5
+"""First std of the actions in the default mode, relative to that of the task's own agent for PPO."""
 
 ALGORITHM = "m3po.algorithms:M3PO"
 """Class that rsl_rl's runner constructs."""
 
-PRESETS = {"default": default_preset, "paper": paper_preset}
-"""The two modes of one code path."""
-
 _FROM_TASK = (
     "gamma",
     "entropy_coef",
-    "value_loss_coef",
     "max_grad_norm",
     "num_learning_epochs",
     "num_mini_batches",
     "clip_param",
-    "desired_kl",
-    "use_clipped_value_loss",
 )
 """PPO fields that a task has tuned for itself. The others come from the preset."""
 
@@ -130,11 +97,6 @@ for _source in COMPONENTS.values():
     _MIRRORS[_source] = _mirror(_source)
 _MIRRORS[AlgorithmCfg] = _mirror(AlgorithmCfg, class_name=ALGORITHM)
 
-M3POWorldModelCfg = _MIRRORS[WorldModelCfg]
-M3POPlannerCfg = _MIRRORS[PlannerCfg]
-M3POBonusCfg = _MIRRORS[BonusCfg]
-M3POCriticReplayCfg = _MIRRORS[CriticReplayCfg]
-M3POValueGradientCfg = _MIRRORS[ValueGradientCfg]
 M3POAlgorithmCfg = _MIRRORS[AlgorithmCfg]
 
 
@@ -171,7 +133,7 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
 
     Args:
         task_cfg: The task's runner configuration, or its named alternatives (a ``PresetCfg``), which stay alternatives.
-        mode: Key of :data:`PRESETS`.
+        mode: Key of :data:`m3po.presets.MODES`.
         device: Torch device name.
 
     Raises:
@@ -186,43 +148,34 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
     if not isinstance(task_cfg, RslRlOnPolicyRunnerCfg):
         kind = type(task_cfg).__name__
         raise UserError(f"M3PO needs a task whose rsl_rl agent is one of the on-policy runner, not a {kind}.")
-    hidden = getattr(getattr(task_cfg, "actor", None), "hidden_dims", None)
-    algorithm = PRESETS[mode](device, max(hidden)) if isinstance(hidden, list) else PRESETS[mode](device)
+    algorithm = MODES[mode]()
     for name in _FROM_TASK:
         value = getattr(task_cfg.algorithm, name, dataclasses.MISSING)
         if value is not dataclasses.MISSING:
             setattr(algorithm, name, value)
     shared = {name: copy.deepcopy(getattr(task_cfg, name)) for name in _RUNNER_FIELDS}
-    cfg = M3PORunnerCfg(device=device, algorithm=_as_configclass(algorithm), **shared)
-    if mode == "default" and device.startswith("cpu"):
-        cfg.num_steps_per_env = CPU_NUM_STEPS
-        cfg.max_iterations = CPU_MAX_ITERATIONS
-        kind = "small" if algorithm.world_model.size == "micro" else "large"
-        cfg.algorithm.desired_kl = CPU_DESIRED_KL[kind]
-        # Look-ahead did not pay for small policies (docs/experiments.md).
-        if kind == "small":
-            learn_values_on_the_ring(cfg.algorithm, **CPU_SMALL_CRITIC)
-        else:
-            budget = {"steps": 60, "extra_steps": 200, "batch_size": 512, "critic_batch_size": 1024}
-            look_ahead_while_learning(cfg.algorithm, **budget, std_learning_rate=2e-3)
-            # On Ant an adaptive one moves the policy too little in the second half of the training.
-            cfg.algorithm.value_gradient.policy_schedule = "fixed"
-            if cfg.experiment_name in CPU_WITHOUT_VALUE_GRADIENT:
-                cfg.algorithm.value_gradient.steps_per_iteration = 0
-        distribution = getattr(cfg.actor, "distribution_cfg", None)
-        if hasattr(distribution, "init_std"):
-            distribution.init_std = first_noise(task_cfg)
+    cfg = M3PORunnerCfg(device=device, algorithm=_as_configclass(sized(algorithm, device)), **shared)
+    if mode == "default":
+        if device.startswith("cpu"):
+            cfg.num_steps_per_env = CPU_NUM_STEPS
+            cfg.max_iterations = CPU_MAX_ITERATIONS
+        place = _noise(cfg)
+        if place is not None:
+            setattr(*place, first_noise(cfg))
     return cfg
 
 
-def first_noise(task_cfg: RslRlOnPolicyRunnerCfg) -> float:
-    """First deviation of the actions in the default mode on a CPU, from the task's agent for rsl_rl's PPO.
+def first_noise(task_cfg: Any) -> float:
+    """First std of the actions in the default mode, for a task whose own runner configuration this is."""
+    place = _noise(task_cfg)
+    return FIRST_STD * (1.0 if place is None else getattr(*place))
 
-    Less noise than the usual 1 paid on Ant, and cost on Cartpole, whose policy is the smallest.
-    """
-    hidden = getattr(getattr(task_cfg, "actor", None), "hidden_dims", None)
-    small = isinstance(hidden, list) and max(hidden) <= SMALL_POLICY
-    return task_cfg.actor.distribution_cfg.init_std if small else INIT_STD
+
+def _noise(cfg: Any) -> tuple[Any, str] | None:
+    """Where a runner configuration holds the first std of the actions: object and field; ``None``: nowhere."""
+    actor = getattr(cfg.actor, "distribution_cfg", None)
+    places = ((actor, "init_std"), (cfg.policy, "init_noise_std"))  # the second one as in older versions of rsl_rl
+    return next((place for place in places if isinstance(getattr(*place, None), (int, float))), None)
 
 
 def _load(task: str, mode: str) -> Any:
@@ -239,6 +192,6 @@ def _load(task: str, mode: str) -> Any:
 def __getattr__(name: str) -> Any:
     """Resolve the names that :func:`isaaclab_m3po.registration.attach` puts into the registry."""
     match = re.fullmatch(r"(\w+)\[(.+)\]", name)
-    if match is None or match[1] not in PRESETS:
+    if match is None or match[1] not in MODES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return functools.partial(_load, match[2], match[1])

@@ -42,15 +42,15 @@ def check_agent(agent_cfg: Any, algo: str, entry: str) -> Any:
 def check_sizes(agent_cfg: Any, algo: str, num_envs: int, device: str) -> None:
     """Check the rollout and mini-batch sizes of both algorithms, and all fields of M3PO's configuration."""
     from m3po.algorithms.construction import check_cfg
-    from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, PlannerCfg, WorldModelCfg
+    from m3po.config import QUARANTINE_SHARE, AlgorithmCfg
 
     from . import agents
 
     if algo == "m3po":
         cfg = agents.algorithm_cfg(agent_cfg)
     else:
-        ppo, no_model, no_plan = agent_cfg.algorithm, WorldModelCfg(size="micro", horizon=1), PlannerCfg(share=0.0)
-        cfg = AlgorithmCfg(ppo.num_learning_epochs, ppo.num_mini_batches, world_model=no_model, planner=no_plan)
+        ppo = agent_cfg.algorithm
+        cfg = AlgorithmCfg(num_learning_epochs=ppo.num_learning_epochs, num_mini_batches=ppo.num_mini_batches)
     share = getattr(agent_cfg, "quarantine_share", QUARANTINE_SHARE)  # rsl_rl's own agents do not have it
     check_cfg(cfg, num_envs, agent_cfg.num_steps_per_env, device, share=share)
     if agent_cfg.max_iterations < 1 or agent_cfg.save_interval < 1:

@@ -24,7 +24,6 @@ from tensordict import TensorDict
 
 from m3po.envs.multi_task import task_discount
 from m3po.errors import M3POError, UserError
-from m3po.presets import suite_runner_cfg
 
 if TYPE_CHECKING:
     from isaaclab.envs import ManagerBasedRLEnv
@@ -110,20 +109,11 @@ def attach(task: str) -> None:
 
 
 def _for_several_tasks(agent_cfg: Any) -> Any:
-    """M3PO's agent of a task, with M3PO's networks of several tasks and values in each task's own units.
+    """M3PO's agent of a task, with M3PO's networks of several tasks.
 
     The scene's own agent has task heads of another kind, which M3PO's policy replaces by its own.
     """
-    several = suite_runner_cfg(True, agent_cfg.device, "default", "m3po")["algorithm"]
     agent_cfg.actor, agent_cfg.critic = _shared(agent_cfg.actor), _shared(agent_cfg.critic)
-    agent_cfg.algorithm.normalize_values = several.normalize_values
-    agent_cfg.algorithm.world_model.task_embedding_dim = several.world_model.task_embedding_dim
-    if agent_cfg.algorithm.planner.share == 0:  # measured on single tasks alone: plan instead
-        agent_cfg.algorithm.value_gradient.steps_per_iteration = 0
-        agent_cfg.algorithm.std_learning_rate = several.std_learning_rate
-        agent_cfg.algorithm.world_model.steps_per_iteration = several.world_model.steps_per_iteration
-        agent_cfg.algorithm.planner.share = several.planner.share
-        agent_cfg.algorithm.distill_coef = several.distill_coef
     return agent_cfg
 
 

@@ -162,7 +162,7 @@ def prepare(request: Request, play: bool = False) -> Job:
 
     args = request.args
     task = resolve_task(args.task)
-    device = check_device(args.device)
+    device = check_device(args.device, present=not getattr(args, "print_config", False))
     if getattr(args, "in_group", False):
         device = distributed.local_device(device)
     agents.set_device(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from rsl_rl.models import MLPModel
@@ -12,84 +13,70 @@ from m3po import distributed
 from m3po.algorithms.returns import gae, vtrace
 from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg
-from m3po.models import WorldModel
 from m3po.models.normalizers import RewardStatistics
 from m3po.storage import RolloutStorage
 
 
 class AdvantageEstimator:
-    """Evaluates rollouts with the critic.
+    """Evaluates rollouts with the critic, whose output is in units of ``RMS(reward) / (1 - gamma)`` of each task.
 
-    With ``normalize_values`` the critic's output is in units of ``RMS(reward) / (1 - gamma)`` of the task, so that
-    tasks with large rewards do not drown those with small ones; without, in reward units.
+    So neither the scale of the rewards nor that of another task matters.
     """
 
-    def __init__(
-        self,
-        critic: MLPModel,
-        model: WorldModel,
-        model_obs: Callable[[TensorDict], torch.Tensor],
-        tasks: Tasks,
-        cfg: AlgorithmCfg,
-    ) -> None:
+    def __init__(self, critic: MLPModel, tasks: Tasks, cfg: AlgorithmCfg) -> None:
         """Bind the estimator to a critic.
 
         Args:
             critic: Value function on the observation, in units of its task.
-            model: World model; stands in where an environment does not deliver the final observation of an episode.
-            model_obs: Observation groups -> the model's observation vector, (..., O).
             tasks: Tasks of the environments.
             cfg: Configuration.
         """
-        self.critic, self.model, self.model_obs, self.tasks, self.cfg = critic, model, model_obs, tasks, cfg
+        self.critic, self.tasks, self.cfg = critic, tasks, cfg
         self.rewards = RewardStatistics(tasks.count).to(tasks.ids.device)
         # A single discount stays a plain number, so that a single task is computed exactly as PPO computes it.
         self.gamma = cfg.gamma if tasks.count == 1 else tasks.discounts[tasks.ids]
+        self.predict: Callable[[TensorDict, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        """Observations, actions and tasks, (B,) each -> value of what follows, (B,): of a trained world model."""
+        self._told = False
 
     def units(self, task: torch.Tensor) -> torch.Tensor:
         """Reward units of the critic's output, shape of ``task``."""
-        if not self.cfg.normalize_values:
-            return torch.ones((), device=task.device).expand(task.shape)
         return self.rewards.scale(task) / (1.0 - self.tasks.discounts[task]).clamp_min(1e-3)
 
     def values(self, obs: TensorDict, task: torch.Tensor) -> torch.Tensor:
         """Values in reward units of observations with batch size (B,) of tasks (B,), shape (B,)."""
         return self.critic(obs).squeeze(-1) * self.units(task)
 
-    def evaluate(self, rollout: RolloutStorage, obs: TensorDict) -> torch.Tensor:
+    def values_of(self, obs: TensorDict, task: torch.Tensor) -> torch.Tensor:
+        """:meth:`values` of observations with any batch size, shape of ``task``."""
+        return self.values(obs.reshape(-1), task.flatten()).view(task.shape)
+
+    def learn_units(self, st: RolloutStorage) -> None:
+        """Take the rewards of a finished rollout into the units."""
+        kept = ~st.lost.flatten()
+        self.rewards.update(st.rewards.flatten()[kept], st.terminated.flatten()[kept], st.task.flatten()[kept])
+
+    @torch.no_grad()
+    def estimate(self, st: RolloutStorage) -> torch.Tensor:
         """Fill in values, returns and advantages, the latter standardised per task over all processes.
 
         Args:
-            rollout: Finished rollout, whose ``values`` are the critic's outputs.
-            obs: Observations after the last step, batch size (N,).
+            st: Finished rollout.
 
         Returns:
-            Deviation of the advantages of each task before they were standardised, reward units, (K,).
+            Std of the advantages of each task before they were standardised, reward units, (K,).
         """
-        st = rollout
-        if st.any_lost:
-            st.repair_lost()
-        if self.cfg.normalize_values:
-            kept = ~st.lost.flatten()
-            self.rewards.update(st.rewards.flatten()[kept], st.terminated.flatten()[kept], st.task.flatten()[kept])
-            st.values.mul_(self.units(st.task))
-        return self._estimate(st, self.values(obs, self.tasks.ids))
-
-    @torch.no_grad()
-    def evaluate_again(self, rollout: RolloutStorage) -> torch.Tensor:
-        """:meth:`evaluate` with the critic of now, of a rollout that was evaluated before."""
-        st = rollout
-        st.values.copy_(self.values(st.obs.flatten(0, 1), st.task.flatten()).view_as(st.values))
-        if st.any_lost:
-            st.repair_lost()
-        return self._estimate(st, self.values(st.next_obs[-1], st.task[-1]))
-
-    def _estimate(self, st: RolloutStorage, last_values: torch.Tensor) -> torch.Tensor:
-        """Returns and advantages from the values of a rollout and of the observations after it, (N,)."""
         cfg = self.cfg
+        st.values.copy_(self.values_of(st.obs, st.task))
+        if st.any_lost:
+            st.values.masked_fill_(st.lost & ~st.values.isfinite(), 0.0)
         st.next_values[:-1].copy_(st.values[1:])
-        st.next_values[-1].copy_(last_values.detach())
-        self._bootstrap_time_outs(st)
+        ends = st.dones & ~st.terminated
+        ends[-1] = ~st.terminated[-1]
+        self.bootstrap(st.next_values, ends, vars(st))
+        if st.any_lost:
+            # A step that never took place must not reach the steps before it: its temporal difference is 0.
+            st.next_values[st.lost] = ((st.values - st.rewards) / self.tasks.discounts[st.task])[st.lost]
         episode = (st.rewards, st.values, st.next_values, st.terminated, st.dones)
         if cfg.advantage == "gae":
             returns, advantages = gae(*episode, self.gamma, cfg.lam)
@@ -106,19 +93,32 @@ class AdvantageEstimator:
         st.advantages.copy_(advantages)
         return std
 
-    def _bootstrap_time_outs(self, st: RolloutStorage) -> None:
-        """Value of the final observation where an episode was cut short, or of the predicted latent without one."""
-        cut = st.dones & ~st.terminated
-        known, unknown = cut & st.next_obs_valid, cut & ~st.next_obs_valid
-        if known.any():
-            st.next_values[known] = self.values(st.next_obs[known], st.task[known]).detach()
-        if unknown.any():
-            task = st.task[unknown]
-            e = self.model.embed(task)
-            z = self.model.encode(self.model_obs(st.obs[unknown]), task)
-            value = self.model.value(self.model.predict(z, st.actions[unknown], e)[0], e)
-            st.next_values[unknown] = (value * self.model.rewards.scale(task)).detach()
-        if st.any_lost:
-            # A step that never took place must not reach the steps before it: its temporal difference is 0.
-            gamma = self.tasks.discounts[st.task]
-            st.next_values[st.lost] = ((st.values - st.rewards) / gamma)[st.lost]
+    def bootstrap(self, next_values: torch.Tensor, ends: torch.Tensor, steps: Mapping[str, Any]) -> None:
+        """Fill in what follows the last step of trajectories that did not terminate.
+
+        Where the environment does not deliver the observation before a reset, the world model predicts it. Until the
+        model is trained, and where its prediction is not finite, the value of the observation before the step stands
+        in, as in rsl_rl.
+
+        Args:
+            next_values: Filled in at ``ends``, reward units, (T, N).
+            ends: Where, (T, N), boolean.
+            steps: Fields ``obs, next_obs, next_obs_valid, actions, task``, (T, N) each.
+        """
+        known, unknown = ends & steps["next_obs_valid"], ends & ~steps["next_obs_valid"]
+        next_values[known] = self.values(steps["next_obs"][known], steps["task"][known])
+        if not unknown.any():
+            return
+        obs, task = steps["obs"][unknown], steps["task"][unknown]
+        following = self.values(obs, task)
+        if self.predict is not None:
+            predicted = self.predict(obs, steps["actions"][unknown], task)
+            following = torch.where(predicted.isfinite(), predicted, following)
+        next_values[unknown] = following
+        if not self._told and self.predict is not None:
+            self._told = True
+            print(
+                "[m3po] the environment does not deliver final observations: time-outs are bootstrapped with the world "
+                "model's prediction, in the first iteration as in rsl_rl",
+                flush=True,
+            )

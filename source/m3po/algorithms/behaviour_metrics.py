@@ -1,11 +1,12 @@
-"""What a rollout says of its behaviour: how far it was from the prior, and whether that paid."""
+"""What a rollout says of its behaviour: how far it was from the policy, and whether that paid."""
 
 from __future__ import annotations
 
 import torch
 
 from m3po import distributed
-from m3po.algorithms.model_learning import explained_variance, mean_per_task
+from m3po.algorithms.gates import Gates
+from m3po.algorithms.statistics import explained_variance, mean_per_task
 from m3po.storage import RolloutStorage
 
 
@@ -19,8 +20,8 @@ def behaviour_metrics(rollout: RolloutStorage, units: torch.Tensor, num_tasks: i
         execution: How plans were executed, as :attr:`~m3po.config.PlannerCfg.execution`.
 
     Returns:
-        Planned share, KL and predicted gain of the plans, share of them that was predicted to be better, and their
-        realised gain; effective sample size of the ratios; explained variance of the returns.
+        Planned share, KL and predicted gain of the plans, share of them that was predicted to be better; effective
+        sample size of the ratios; explained variance of the returns.
     """
     st, planned = rollout, rollout.planned
     rho = (st.log_pi - st.log_beta).exp().clamp(max=1.0)
@@ -36,21 +37,23 @@ def behaviour_metrics(rollout: RolloutStorage, units: torch.Tensor, num_tasks: i
         "planner/share": count / samples,
         "planner/kl": kl_sum / max(1, count),
         "planner/gain": gain / max(1, count),
-        "planner/realised_gain": _realised_gain(rollout, num_tasks),
         "planner/accepted": accepted / max(1, count),
         "policy/effective_sample_size": rho_sum**2 / rho_squares / samples,
         "policy/value_ev": value_ev.mean().item(),
     }
 
 
-def _realised_gain(rollout: RolloutStorage, num_tasks: int) -> float:
-    """Advantage of planned environments over the others', in deviations, mean of the tasks that have both; else 0.
+def measure_realised_gain(rollout: RolloutStorage, gates: Gates) -> dict[str, float]:
+    """Advantage of planned environments over the others, in stds, mean of the tasks that have both; else 0.
 
-    One rollout says little: its environments differ by more than their actions. The mean over many is to be read.
+    One rollout says little: its environments differ by more than their actions. The gates keep the mean over many.
     """
-    advantages, task = rollout.advantages, rollout.task
+    advantages, task, count = rollout.advantages, rollout.task, len(gates.realised)
     groups = [rollout.planned & ~rollout.lost, ~rollout.planned & ~rollout.lost]
-    planned, others = (mean_per_task(advantages, group, task, num_tasks) for group in groups)
-    present = [mean_per_task(torch.ones_like(advantages), group, task, num_tasks) for group in groups]
-    both = torch.stack(present).all(0)
-    return ((planned - others) * both).sum().item() / max(1, int(both.sum()))
+    planned, others = (mean_per_task(advantages, group, task, count) for group in groups)
+    zeros = torch.zeros(count, device=advantages.device)
+    steps = [distributed.total(zeros.index_add(0, task.flatten(), group.flatten().to(zeros.dtype))) for group in groups]
+    both = (steps[0] > 0) & (steps[1] > 0)
+    realised = torch.where(both, planned - others, 0.0)
+    gates.update_realised(realised, torch.where(both, steps[0], 0.0))
+    return {"planner/realised_gain": realised.sum().item() / max(1, int(both.sum()))}

@@ -14,9 +14,8 @@ from m3po.algorithms.tasks import Tasks
 from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, check_quarantine_share, from_dict
 from m3po.errors import UserError
 from m3po.models import WorldModel
-from m3po.models.observation_model import ObservationModel
 from m3po.models.task_policy import TaskMLPModel
-from m3po.planning.memory import check_memory
+from m3po.storage import RolloutStorage
 from m3po.validation import validate
 
 
@@ -28,50 +27,47 @@ def parse_algorithm_cfg(values: dict[str, Any]) -> AlgorithmCfg:
         raise UserError(str(error)) from error
 
 
-def check_cfg(
-    cfg: AlgorithmCfg,
-    num_envs: int,
-    num_steps: int,
-    device: str,
-    action_dim: int = 1,
-    share: float = QUARANTINE_SHARE,
-) -> None:
-    """Configuration, the runner's share, and that the planner's memory is there; what is wrong is a ``UserError``."""
+def check_cfg(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str, share: float = QUARANTINE_SHARE) -> None:
+    """Check the configuration and the runner's share; what is wrong is a ``UserError``."""
     try:
         check_quarantine_share(share)
         validate(cfg, num_envs, num_steps, device)
-        check_memory(num_envs, action_dim, cfg.planner, cfg.world_model, device)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def model_obs_groups(obs: TensorDict, obs_groups: dict[str, list[str]]) -> list[str]:
-    """Observation groups that the world model reads: the set ``model``, by default the actor's.
+def model_groups(
+    obs: TensorDict, actor: MLPModel, critic: MLPModel, obs_groups: dict[str, list[str]]
+) -> dict[str, int]:
+    """Observation groups that the world model reads, with their dimensions.
+
+    They are the set ``model``, by default the actor's, and all that policy and critic read: imagined states must be
+    evaluated by both.
 
     Raises:
         UserError: If a group is not a vector.
     """
-    groups = obs_groups.get("model", obs_groups["actor"])
+    groups = [*obs_groups.get("model", obs_groups["actor"]), *actor.obs_groups, *critic.obs_groups]
     for group in groups:
-        if obs[group].dim() != 2:
-            shape = tuple(obs[group].shape[1:])
+        shape = tuple(obs[group].shape[1:])
+        if len(shape) != 1:
             raise UserError(
                 f"M3PO's world model reads vector observations, but group '{group}' has shape {shape}. "
-                "Choose vector groups with obs_groups['model'], or train this task with --algo ppo."
+                "Choose vector groups with obs_groups, or train this task with --algo ppo."
             )
-    return groups
+    return {group: obs[group].shape[1] for group in dict.fromkeys(groups)}
 
 
 def build_networks(
     obs: TensorDict, env: VecEnv, train_cfg: dict[str, Any], cfg: AlgorithmCfg, tasks: Tasks, device: str
-) -> tuple[MLPModel, MLPModel, WorldModel, list[str]]:
-    """Build policy prior, critic and world model, sized from the environment's spaces.
+) -> tuple[MLPModel, MLPModel, WorldModel, dict[str, int]]:
+    """Build policy, critic and world model, sized from the environment's spaces.
 
     For a single task, policy and critic are rsl_rl's own models, so that they match PPO's in every detail. Where they
     are conditioned on the task, they share one table of task embeddings with the world model.
 
     Returns:
-        Actor, critic, world model, and the observation groups of the world model.
+        Actor, critic, world model, and the observation groups of the world model with their dimensions.
     """
     train_cfg["obs_groups"] = resolve_obs_groups(obs, train_cfg["obs_groups"], ["actor", "critic"])
     groups = train_cfg["obs_groups"]
@@ -93,48 +89,44 @@ def build_networks(
         raise UserError("M3PO's policy and critic must not be recurrent; train this task with --algo ppo.")
     if actor.distribution is None or not hasattr(actor.distribution, "std_range"):
         raise UserError("M3PO's policy must have a Gaussian distribution (actor.distribution_cfg).")
-    model_groups = model_obs_groups(obs, groups)
-    obs_dim = sum(obs[group].shape[-1] for group in model_groups)
+    dims = model_groups(obs, actor, critic, groups)
     # The world model draws its initial weights from a stream of its own: adding it must not change the policy's.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train_cfg.get("seed", 0) + 1)
-        model = WorldModel(obs_dim, env.num_actions, tasks.count, cfg.world_model, tasks.obs_dims).to(device)
+        model = WorldModel(sum(dims.values()), env.num_actions, tasks.count, cfg.world_model, tasks.obs_dims).to(device)
     if tasks.conditioned:
         actor.task_embedding = critic.task_embedding = model.task_embedding
-    return actor, critic, model, model_groups
+    return actor, critic, model, dims
 
 
-def observation_model(
-    obs: TensorDict, groups: list[str], action_dim: int, tasks: Tasks, cfg: AlgorithmCfg, seed: int, device: str
-) -> tuple[ObservationModel, dict[str, int]]:
-    """Build the value gradient's model; it changes no other network's draws.
+def parts(obs: TensorDict, env: VecEnv, cfg: dict[str, Any], device: str) -> dict[str, Any]:
+    """Arguments of :class:`~m3po.algorithms.m3po.M3PO` for an environment.
 
     Args:
-        obs: Example observations, any batch size.
-        groups: Observation groups that policy, critic and latent model read.
-        action_dim: Action dimensions A.
-        tasks: Tasks of the environments.
-        cfg: Configuration.
-        seed: Seed of the initial weights.
+        obs: Example observations, batch size (N,).
+        env: Environment; sizes come from its spaces.
+        cfg: Runner configuration as in rsl_rl.
         device: Torch device.
 
-    Returns:
-        The model, and the groups with their dimensions.
-
     Raises:
-        UserError: If a group is not a vector.
+        UserError: If the configuration does not fit the environment.
     """
-    dims = {}
-    for group in dict.fromkeys(groups):
-        shape = tuple(obs[group].shape[obs.batch_dims :])
-        if len(shape) != 1:
-            raise UserError(
-                f"the value gradient's model predicts vectors, but policy or critic read group '{group}' of shape "
-                f"{shape}: leave it out with agent.algorithm.value_gradient.steps_per_iteration=0."
-            )
-        dims[group] = shape[0]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 2)
-        width = cfg.value_gradient.width
-        model = ObservationModel(sum(dims.values()), action_dim, tasks.count, width, tasks.obs_dims)
-    return model.to(device), dims
+    algorithm, num_steps = parse_algorithm_cfg(cfg["algorithm"]), cfg["num_steps_per_env"]
+    check_cfg(algorithm, env.num_envs, num_steps, device)
+    tasks = Tasks.of(env, algorithm.gamma, device)
+    actor, critic, model, dims = build_networks(obs, env, cfg, algorithm, tasks, device)
+    if hasattr(env.cfg, "compute_final_obs"):
+        # Isaac Lab reads this at every step: it makes the observation before a reset available.
+        env.cfg.compute_final_obs = True
+    task_group = ["task"] if tasks.conditioned else []
+    return {
+        "actor": actor,
+        "critic": critic,
+        "model": model,
+        "group_dims": dims,
+        "storage": RolloutStorage(obs, [*dims, *task_group], num_steps, env.num_actions, device),
+        "tasks": tasks,
+        "cfg": algorithm,
+        "max_iterations": max(1, cfg.get("max_iterations", 1000)),
+        "seed": cfg.get("seed", 0),
+    }

@@ -2,11 +2,9 @@
 
 One iteration::
 
-    for t in range(T):  act()               prior proposes, planner improves a share of the environments
+    for t in range(T):  act()               the policy proposes, the planner improves a share of the environments
                         process_env_step()  store outcome, true terminations, final observations
-    compute_returns()                      GAE or V-trace under the behaviour
-    update():  critic on the ring, advantages anew  ->  bonus (4)-(7)  ->  policy and critic (8)-(9), distillation
-               ->  value gradient of a model of observations  ->  world model on the ring  ->  normalisers
+    update()            critic -> advantages -> bonus -> plans -> policy -> world model
 """
 
 from __future__ import annotations
@@ -20,25 +18,28 @@ from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
 from m3po import distributed
+from m3po.algorithms import construction
 from m3po.algorithms.advantage_estimator import AdvantageEstimator
 from m3po.algorithms.behaviour import Behaviour
-from m3po.algorithms.behaviour_metrics import behaviour_metrics
-from m3po.algorithms.bonus import annealed_alpha, apply_bonus
-from m3po.algorithms.construction import build_networks, check_cfg, observation_model, parse_algorithm_cfg
+from m3po.algorithms.behaviour_metrics import behaviour_metrics, measure_realised_gain
+from m3po.algorithms.bonus import ExplorationBonus
+from m3po.algorithms.checkpoint_parts import CheckpointParts
 from m3po.algorithms.critic_replay import CriticReplay
+from m3po.algorithms.gates import Gates
 from m3po.algorithms.model_learning import ModelLearner
+from m3po.algorithms.plan_learning import PlanLearner
 from m3po.algorithms.policy_average import PolicyAverage
 from m3po.algorithms.policy_learning import PolicyLearner
+from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.algorithms.tasks import Tasks
-from m3po.algorithms.value_gradient import ValueGradient
 from m3po.config import AlgorithmCfg
 from m3po.models import WorldModel
-from m3po.models.task_policy import TaskGaussian, task_of
+from m3po.planning import Objective
 from m3po.stopwatch import Stopwatch
-from m3po.storage import RolloutRing, RolloutStorage
+from m3po.storage import ReplayBuffer, RolloutStorage
 
 
-class M3PO:
+class M3PO(CheckpointParts):
     """The algorithm behind :class:`~m3po.runners.M3PORunner` and rsl_rl's stock ``OnPolicyRunner``."""
 
     def __init__(
@@ -46,59 +47,49 @@ class M3PO:
         actor: MLPModel,
         critic: MLPModel,
         model: WorldModel,
+        group_dims: dict[str, int],
         storage: RolloutStorage,
-        model_groups: list[str],
+        tasks: Tasks,
         cfg: AlgorithmCfg,
         *,
         max_iterations: int = 1000,
         seed: int = 0,
-        tasks: Tasks | None = None,
         device: str = "cpu",
     ) -> None:
         """Assemble the algorithm; :meth:`construct_algorithm` does it from an environment.
 
         Args:
-            actor: Policy prior ``pi`` on the observation.
-            critic: Value function on the observation, for advantages.
+            actor: Policy ``pi`` on the observation.
+            critic: Value function on the observation.
             model: World model.
+            group_dims: Observation groups that the world model reads, in this order, with their dimensions.
             storage: Rollout storage of T steps, N environments.
-            model_groups: Observation groups that the world model reads.
+            tasks: Tasks of the environments.
             cfg: Configuration.
-            max_iterations: Training iterations that schedules refer to.
-            seed: Seed of the planner's noise.
-            tasks: Tasks of the environments; a single one by default.
+            max_iterations: Training iterations that the paper's bonus is annealed over.
+            seed: Seed of everything that is drawn here.
             device: Torch device.
         """
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.tasks, self.storage = cfg, device, tasks, storage
         self.actor, self.critic, self.model = actor, critic, model
-        self.storage, self.model_groups = storage, model_groups
-        self.max_iterations = max_iterations
-        self.iteration = 0
-        num_envs, num_steps = storage.num_envs, storage.num_steps
-        self.tasks = tasks or Tasks.single(num_envs, storage.actions.shape[-1], cfg.gamma, device)
-        self.behaviour = Behaviour(actor, model, self.model_obs, cfg.planner, self.tasks, seed)
-        self.estimator = AdvantageEstimator(critic, model, self.model_obs, self.tasks, cfg)
-        num_rollouts = max(1, round(cfg.world_model.ring_transitions / (num_envs * num_steps)))
-        self.ring = RolloutRing(storage, num_rollouts, seed)
+        self.max_iterations, self.iteration = max_iterations, 0
+        self.gates = Gates(tasks.count).to(device)
+        policy = PolicyOutputs(actor)
+        self.estimator = AdvantageEstimator(critic, tasks, cfg)
+        values = (self.estimator.values, group_dims, tasks.discounts, cfg.planner)
+        networks = {"critic": critic, "units": self.estimator.units, "action_mask": tasks.action_mask}
+        objective = Objective(model, actor, *values, **networks)
+        self.objective = objective
+        self.behaviour = Behaviour(actor, objective, self.gates, cfg.planner, tasks, seed)
+        num_rollouts = max(1, round(cfg.world_model.replay_transitions / (storage.num_envs * storage.num_steps)))
+        self.replay = ReplayBuffer(storage, num_rollouts, seed)
         self.policy_learner = PolicyLearner(actor, critic, cfg, self.estimator.units)
+        # Without the task embeddings, which other networks share.
+        self.critic_replay = CriticReplay(critic, self.policy_learner.parameters("critic"), self.estimator, cfg)
+        self.plan_learner = PlanLearner(actor, policy, objective, self.gates, tasks, cfg)
+        self.model_learner = ModelLearner(objective, policy, self.gates, tasks, cfg)
+        self.bonus = ExplorationBonus(objective, self.gates, tasks, cfg.bonus, seed)
         self.average = PolicyAverage(actor, cfg.policy_average_decay)
-        self.model_learner = ModelLearner(
-            model, self.model_obs, self._policy, self.estimator.values, self.tasks.action_mask, cfg.restore_after
-        )
-        self.critic_replay = None
-        if cfg.critic_replay.steps_per_iteration > 0:
-            # without the task embeddings, which other networks share
-            own = self.policy_learner.parameters("critic")
-            self.critic_replay = CriticReplay(critic, own, self.estimator, cfg)
-        self.value_gradient = None
-        if cfg.value_gradient.steps_per_iteration > 0:
-            groups = [*model_groups, *actor.obs_groups, *critic.obs_groups]
-            built = observation_model(storage.obs, groups, storage.actions.shape[-1], self.tasks, cfg, seed, device)
-            self.value_gradient = ValueGradient(actor, self._policy, *built, self.estimator, self.tasks, cfg)
-        learners = (self.policy_learner, self.model_learner, self.critic_replay)
-        self._guards = [learner.guard for learner in learners if learner is not None]
-        self._guards += self.value_gradient.guards if self.value_gradient is not None else ()
-        self.learns_model = cfg.world_model.steps_per_iteration + cfg.world_model.extra_steps > 0
         self.stopwatch = Stopwatch(device)
         self.metrics: dict[str, float] = {}
 
@@ -113,14 +104,13 @@ class M3PO:
         Returns:
             Actions, shape (N, A).
         """
-        decision = self.behaviour.prior(obs)
+        sample = self.behaviour.sample(obs)
         if len(self.behaviour.planned_ids) > 0:
             with self.stopwatch.section("plan"):
-                decision = self.behaviour.improve(obs, decision)
-        values = self.critic(obs).detach().squeeze(-1)
-        self.storage.add_action(obs, self.tasks.ids, values=values, **vars(decision))
+                sample = self.behaviour.plan(obs, sample)  # (3)
+        self.storage.add_action(obs, self.tasks.ids, **vars(sample))
         self.behaviour.step += 1
-        return decision.actions
+        return sample.actions
 
     def process_env_step(
         self, obs: TensorDict, rewards: torch.Tensor, dones: torch.Tensor, extras: dict[str, Any]
@@ -152,85 +142,70 @@ class M3PO:
         self.critic.reset(dones)
 
     def compute_returns(self, obs: TensorDict) -> None:
-        """Returns and per-task standardised advantages of the finished rollout; ``obs`` (N,) follow its last step."""
-        self.advantage_std = self.estimator.evaluate(self.storage, obs)
+        """Prepare a finished rollout; its advantages are estimated once, by :meth:`update`. ``obs`` are not needed."""
+        if self.storage.any_lost:
+            self.storage.repair_lost()
+        self.estimator.learn_units(self.storage)
 
     # -- update -------------------------------------------------------------------------------------------------------
 
     def update(self) -> dict[str, float]:
         """Learn from the finished rollout. Returns the mean losses; :attr:`metrics` holds everything else."""
-        metrics = behaviour_metrics(
-            self.storage, self.estimator.units(self.storage.task), self.tasks.count, self.cfg.planner.execution
-        )
-        metrics |= distributed.means({"planner/fallback": self.behaviour.read_fallbacks()}, self.device)
-        losses = {}
-        if self.learns_model or self.critic_replay is not None or self.value_gradient is not None:
-            self.ring.add(self.storage)
-        if self.critic_replay is not None:
-            with self.stopwatch.section("update_policy"):
-                losses |= self.critic_replay.train(self.ring)
-                self.advantage_std = self.estimator.evaluate_again(self.storage)
-        alpha = annealed_alpha(self.cfg.bonus, self.iteration / max(1, self.max_iterations))
-        to_gap = (self.model, self.model_obs, self.tasks.discounts, self.advantage_std)
-        metrics |= apply_bonus(self.storage, *to_gap, alpha, self.cfg.bonus)
-        ahead = self.value_gradient
+        st, replay, metrics = self.storage, self.replay, {}
+        replay.add(st)
         with self.stopwatch.section("update_policy"):
-            if ahead is not None:
-                metrics |= ahead.plan(self.ring, self.storage, self.iteration)
-                self.policy_learner.leave(ahead.expected_kl)
-            losses |= self.policy_learner.train(self.storage)
-            if ahead is not None:
-                metrics |= ahead.improve(self.ring.generator)
-        if ahead is not None:
-            with self.stopwatch.section("update_model"):
-                losses |= ahead.train(self.ring, self.storage, self.iteration)
-        if self.learns_model:
-            with self.stopwatch.section("update_model"):
-                quality = self.model_learner.measure(self.ring.newest(self.cfg.world_model.horizon))
-                metrics |= {f"model/{name}": value.mean().item() for name, value in quality.items()}
-                self._update_statistics()
-                losses |= {f"model_{k}": v for k, v in self.model_learner.train(self.ring, self.iteration).items()}
-            self.behaviour.imagination.model_changed()
-            self.behaviour.gate(quality["skill_1"], quality["reward_ev"])
-            self.behaviour.rotate()
-        else:
+            losses = self.critic_replay.train(replay)  # V on the last 64 steps of each environment
+            advantage_std = self.estimator.estimate(st)  # GAE or V-trace, per task
+            metrics |= self._measure()
+            metrics |= self.bonus.add(st, replay, advantage_std, self.iteration / self.max_iterations)  # (4)-(7)
+            plans, found = self.plan_learner.plan(st, replay, self.iteration)  # (2)-(3)
+            self.policy_learner.reserve_kl(plans.expected_kl if plans else 0.0)
+            losses |= self.policy_learner.train(st)  # (8)-(9)
+            metrics |= found | self.plan_learner.regress(plans, replay.generator)
+        with self.stopwatch.section("update_model"):
             self._update_statistics()
+            losses |= self.model_learner.train(replay, st, self.iteration)
+        self.behaviour.rotate()
         self.average.update()
         metrics["policy/clipped_share"] = losses.pop("clipped_share")
-        skipped, restored = zip(*(guard.read() for guard in self._guards), strict=True)
-        metrics["robust/skipped_steps"], metrics["robust/restored"] = float(sum(skipped)), float(sum(restored))
-        self.metrics = metrics
+        self.metrics = metrics | self.gates.metrics() | self._read_guards()
+        if self.learns_model:
+            self.estimator.predict = self._predicted_value
         self.iteration += 1
-        self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
-        self.storage.clear()
+        st.clear()
         return losses
 
+    @property
+    def learns_model(self) -> bool:
+        """Whether the world model is trained."""
+        return self.cfg.world_model.steps_per_iteration > 0
+
+    def _measure(self) -> dict[str, float]:
+        """What the finished rollout says of behaviour and model, before they learn from it."""
+        st, units = self.storage, self.estimator.units(self.storage.task)
+        metrics = behaviour_metrics(st, units, self.tasks.count, self.cfg.planner.execution)
+        metrics |= measure_realised_gain(st, self.gates)
+        metrics |= self.model_learner.measure(st) if self.learns_model else {}
+        return metrics | distributed.means({"planner/fallback": self.behaviour.read_fallbacks()}, self.device)
+
+    def _read_guards(self) -> dict[str, float]:
+        """Steps that were skipped because they were not finite, and restored states."""
+        skipped, restored = zip(*(guard.read() for guard in self.guards), strict=True)
+        return {"robust/skipped_steps": float(sum(skipped)), "robust/restored": float(sum(restored))}
+
     def _update_statistics(self) -> None:
-        """Normalisers, frozen until here, learn from the rollout; the model trains on the new statistics next."""
-        st = self.storage
-        flat, task = st.obs.flatten(0, 1), st.task.flatten()
-        rewards, terminated = st.rewards.flatten(), st.terminated.flatten()
-        if st.any_lost:  # an environment that cannot be reset shows zeros meanwhile
-            kept = ~st.lost.flatten()
-            if not kept.any():
-                return
-            flat, task, rewards, terminated = flat[kept], task[kept], rewards[kept], terminated[kept]
-        self.actor.update_normalization(flat)
-        self.critic.update_normalization(flat)
-        if self.learns_model:
-            self.model.obs_normalizer.update(self.model_obs(flat), task)
-            self.model.rewards.update(rewards, terminated, task)
+        """Normalisers of policy and critic, frozen until here, learn from the rollout."""
+        flat, kept = self.storage.obs.flatten(0, 1), ~self.storage.lost.flatten()
+        if self.storage.any_lost:  # an environment that cannot be reset shows zeros meanwhile
+            flat = flat[kept]
+        if len(flat) > 0:
+            self.actor.update_normalization(flat)
+            self.critic.update_normalization(flat)
 
-    def _policy(self, obs: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of the policy prior in observations with batch size (B,), (B, A) each. Draws nothing."""
-        mean, distribution = self.actor(obs), self.actor.distribution
-        if isinstance(distribution, TaskGaussian):
-            return mean, distribution.std_of(task_of(obs))
-        return mean, self.actor.output_std.view(-1, mean.shape[-1])[0].expand_as(mean)
-
-    def model_obs(self, obs: TensorDict) -> torch.Tensor:
-        """Observation vector of the world model, (..., O)."""
-        return torch.cat([obs[group] for group in self.model_groups], dim=-1)
+    def _predicted_value(self, obs: TensorDict, actions: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Value of what follows observations and actions, reward units, (B,), as the world model predicts it."""
+        z = self.model.step(self.objective.encode(obs, task), actions, task)[0]
+        return self.objective.value(z, task)
 
     # -- acting without learning --------------------------------------------------------------------------------------
 
@@ -248,119 +223,7 @@ class M3PO:
             return self.average.policy
         if kind != "planner":
             raise ValueError(f"The policy must be 'prior' or 'planner', got '{kind}'.")
-        return self.behaviour.planner_policy()
-
-    # -- the contract with rsl_rl's runner ----------------------------------------------------------------------------
-
-    @property
-    def learning_rate(self) -> float:
-        """Current step size of the policy."""
-        return self.policy_learner.learning_rate
-
-    def get_policy(self) -> MLPModel:
-        """The policy prior."""
-        return self.actor
-
-    def train_mode(self) -> None:
-        """Set all networks to training mode."""
-        for network in (self.actor, self.critic, self.model):
-            network.train()
-
-    def eval_mode(self) -> None:
-        """Set all networks to evaluation mode."""
-        for network in (self.actor, self.critic, self.model):
-            network.eval()
-
-    def save(self) -> dict[str, Any]:
-        """Everything to be restored, as tensors and plain values."""
-        optional = {f"{name}_state_dict": part.state_dict() for name, part in self._optional().items()}
-        if self.cfg.normalize_values:
-            optional["reward_units_state_dict"] = self.estimator.rewards.state_dict()
-        return {
-            "actor_state_dict": self.actor.state_dict(),
-            "critic_state_dict": self.critic.state_dict(),
-            "world_model_state_dict": self.model.state_dict(),
-            "optimizer_state_dict": self.policy_learner.optimizer.state_dict(),
-            "world_model_optimizer_state_dict": self.model_learner.optimizer.state_dict(),
-            **optional,
-            **self.average.state(),
-            "m3po_state": {
-                "learning_rate": self.learning_rate,
-                "task_learning_rates": self.policy_learner.task_rates.tolist(),
-                "iteration": self.iteration,
-                "planner_step": self.behaviour.step,
-                **self.behaviour.state(),
-            },
-        }
-
-    def load(self, loaded_dict: dict[str, Any], load_cfg: dict | None, strict: bool) -> bool:
-        """Restore :meth:`save`. ``load_cfg`` selects parts as in rsl_rl. Returns whether to restore the iteration."""
-        if load_cfg is None:
-            load_cfg = {"actor": True, "critic": True, "optimizer": True, "iteration": True}
-        if load_cfg.get("actor"):
-            self.actor.load_state_dict(loaded_dict["actor_state_dict"], strict=strict)
-            self.average.load(loaded_dict, strict)
-            self.model.load_state_dict(loaded_dict["world_model_state_dict"], strict=strict)
-            self.behaviour.imagination.model_changed()
-        for guard in self._guards:
-            guard.forget()
-        if load_cfg.get("critic"):
-            self.critic.load_state_dict(loaded_dict["critic_state_dict"], strict=strict)
-            if self.cfg.normalize_values:
-                self.estimator.rewards.load_state_dict(loaded_dict["reward_units_state_dict"], strict=strict)
-        if load_cfg.get("optimizer"):
-            self.policy_learner.optimizer.load_state_dict(loaded_dict["optimizer_state_dict"])
-            self.model_learner.optimizer.load_state_dict(loaded_dict["world_model_optimizer_state_dict"])
-            for name, part in self._optional().items():
-                if f"{name}_state_dict" in loaded_dict:  # not in older checkpoints
-                    part.load_state_dict(loaded_dict[f"{name}_state_dict"])
-            state = loaded_dict["m3po_state"]
-            self.policy_learner.learning_rate, self.iteration = state["learning_rate"], state["iteration"]
-            self.policy_learner.task_rates = torch.tensor(state.get("task_learning_rates", []))
-            self.behaviour.step = state["planner_step"]
-            # Before there were several tasks, these were single values.
-            gate = (x if isinstance(x, list) else [x] for x in (state["first_planned"], state["planner_on"]))
-            self.behaviour.restore(*gate)
-            self.behaviour.set_progress(self.iteration / max(1, self.max_iterations))
-        return load_cfg.get("iteration", False)
-
-    def _optional(self) -> dict[str, Any]:
-        """What the learners hold that a configuration may leave out, by name."""
-        parts = {}
-        if self.critic_replay is not None:
-            parts["critic_replay_optimizer"] = self.critic_replay.optimizer
-        if self.value_gradient is not None:
-            parts["observation_model"] = self.value_gradient.model
-            parts["observation_model_optimizer"] = self.value_gradient.optimizer
-            parts["value_gradient_optimizer"] = self.value_gradient.policy_optimizer
-        return parts
-
-    def resume_state(self) -> dict[str, Any]:
-        """What an exact continuation needs besides :meth:`save`: ring, random numbers, scales of the learning rates."""
-        return {
-            "ring": self.ring.state_dict(),
-            "behaviour_generator": self.behaviour.generator.get_state(),
-            "guards": [guard.state() for guard in self._guards],
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`resume_state`, after :meth:`load`.
-
-        Raises:
-            CheckpointError: If the stored rollouts have other sizes.
-        """
-        self.ring.load_state_dict(state["ring"])
-        self.behaviour.generator.set_state(state["behaviour_generator"].cpu())
-        for guard, part in zip(self._guards, state["guards"], strict=False):  # an older run may have one less
-            guard.load_state(part)
-
-    def broadcast_parameters(self) -> None:
-        """Send all parameters and statistics of rank 0 to the other ranks."""
-        ahead = [self.value_gradient.model] if self.value_gradient is not None else []
-        for network in (self.actor, self.critic, self.model, self.estimator.rewards, *ahead):
-            for tensor in network.state_dict().values():
-                torch.distributed.broadcast(tensor, src=0)
-        self.behaviour.imagination.model_changed()
+        return self.behaviour.planner_policy(self.average.policy)
 
     @staticmethod
     def construct_algorithm(obs: TensorDict, env: VecEnv, cfg: dict[str, Any], device: str) -> M3PO:
@@ -375,26 +238,4 @@ class M3PO:
         Raises:
             UserError: If the configuration does not fit the environment.
         """
-        algorithm_cfg = parse_algorithm_cfg(cfg["algorithm"])
-        num_steps = cfg["num_steps_per_env"]
-        check_cfg(algorithm_cfg, env.num_envs, num_steps, device, env.num_actions)
-        tasks = Tasks.of(env, algorithm_cfg.gamma, device)
-        actor, critic, model, model_groups = build_networks(obs, env, cfg, algorithm_cfg, tasks, device)
-        if hasattr(env.cfg, "compute_final_obs"):
-            # Isaac Lab reads this at every step: it makes the observation before a reset available.
-            env.cfg.compute_final_obs = True
-        task_group = ["task"] if tasks.conditioned else []
-        next_groups = list(dict.fromkeys([*cfg["obs_groups"]["critic"], *model_groups, *actor.obs_groups, *task_group]))
-        storage = RolloutStorage(obs, next_groups, num_steps, env.num_actions, device)
-        return M3PO(
-            actor,
-            critic,
-            model,
-            storage,
-            model_groups,
-            algorithm_cfg,
-            max_iterations=cfg.get("max_iterations", 1000),
-            seed=cfg.get("seed", 0),
-            tasks=tasks,
-            device=device,
-        )
+        return M3PO(**construction.parts(obs, env, cfg, device), device=device)

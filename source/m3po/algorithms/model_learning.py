@@ -2,194 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from tensordict import TensorDict
 
 from m3po import distributed
+from m3po.algorithms.gates import Gates
+from m3po.algorithms.policy_outputs import PolicyOutputs
+from m3po.algorithms.statistics import explained_variance, mean_per_task
 from m3po.algorithms.step_guard import StepGuard
-from m3po.models import WorldModel
-from m3po.models.world_model import balanced_bce
-from m3po.storage import RolloutRing, Sequences
+from m3po.algorithms.tasks import Tasks
+from m3po.config import AlgorithmCfg
+from m3po.models.world_model import termination_loss
+from m3po.planning import Objective
+from m3po.storage import ReplayBuffer, RolloutStorage, Sequences
 
-Flatten = Callable[[TensorDict], torch.Tensor]
+CHANGE_WEIGHT, REWARD_WEIGHT, FEATURE_WEIGHT = 4.0, 0.5, 1.0
+"""Weights of loss terms; that of the termination, and of the heads of the purely latent form, is 1."""
+
+DECAY = 0.5
+"""Step ``k`` of a sub-sequence is weighted ``DECAY**k``."""
+
+EXTRA_ITERATIONS = 10
+"""First iterations, which take extra steps: plans start while the policy still learns most."""
 
 
 class ModelLearner:
-    """Gradient steps on the ring: consistency, reward, continuation, value and latent prior."""
+    """Gradient steps on the replay buffer."""
 
     def __init__(
-        self,
-        model: WorldModel,
-        flatten_obs: Flatten,
-        policy: Callable[[TensorDict], tuple[torch.Tensor, torch.Tensor]],
-        critic: Callable[[TensorDict, torch.Tensor], torch.Tensor],
-        action_mask: torch.Tensor,
-        restore_after: int = 5,
+        self, objective: Objective, policy: PolicyOutputs, gates: Gates, tasks: Tasks, cfg: AlgorithmCfg
     ) -> None:
-        """Bind the learner to a model and to the networks it follows.
+        """Create the optimiser.
 
         Args:
-            model: World model.
-            flatten_obs: Observation groups -> the model's observation vector, (..., O).
-            policy: Observations -> mean and deviation of the current policy, (B, A) each.
-            critic: Observations and tasks (B,) -> value of the current critic, (B,), reward units.
-            action_mask: Action dimensions that each task has, (K, A), boolean.
-            restore_after: Skipped steps in a row after which the last good state is restored.
+            objective: Holds the model, and what reads its latents.
+            policy: Policy, which the purely latent form imitates.
+            gates: They say how many steps are worth taking.
+            tasks: Tasks of the environments.
+            cfg: Configuration.
         """
-        self.model = model
-        self.flatten_obs = flatten_obs
-        self.policy = policy
-        self.critic = critic
-        self.action_mask = action_mask
-        self.optimizer = torch.optim.Adam(model.parameter_groups(), eps=1e-5, fused=True)
-        self.guard = StepGuard("world model", self.optimizer, (model,), restore_after)
+        self.objective, self.model, self.policy = objective, objective.model, policy
+        self.gates, self.tasks, self.cfg = gates, tasks, cfg.world_model
+        self.full_gain, self.replay_ratio = cfg.planner.full_gain, cfg.replay_ratio
+        self.plans = cfg.planner.max_kl > 0.0
+        # Many large steps would move the policy, which reads the task embedding too: the model takes that as given.
+        own = [p for name, p in self.model.named_parameters() if name != "task_embedding"]
+        self.optimizer = torch.optim.Adam(own, lr=self.cfg.learning_rate, fused=True)
+        self.guard = StepGuard("world model", self.optimizer, (self.model,), cfg.max_grad_norm)
 
-    def train(self, ring: RolloutRing, iteration: int) -> dict[str, float]:
-        """Take the gradient steps of an iteration, counted from 0. Returns the mean of each loss term."""
-        cfg = self.model.cfg
-        sums: dict[str, torch.Tensor] = {}
-        extra = max(0.0, 1.0 - iteration / cfg.extra_iterations)
-        num_steps = cfg.steps_per_iteration + round(cfg.extra_steps * extra)
+    def train(self, replay: ReplayBuffer, rollout: RolloutStorage, iteration: int) -> dict[str, float]:
+        """Take the gradient steps of an iteration, counted from 0.
+
+        Args:
+            replay: Replay buffer, the finished rollout in it.
+            rollout: The finished rollout, from which the statistics learn first.
+            iteration: Training iteration.
+
+        Returns:
+            The mean of each loss term.
+        """
+        cfg, sums = self.cfg, {}
+        if cfg.steps_per_iteration == 0:
+            return {}
+        self._update_statistics(rollout)
+        worth = self.gates.model_steps(self.full_gain) if self.plans else 1.0
+        extra = cfg.extra_steps if iteration < EXTRA_ITERATIONS else 0
+        num_steps = max(1, round(self.replay_ratio * (cfg.steps_per_iteration * worth + extra)))
         self.guard.begin()
         for _ in range(num_steps):
-            batch = ring.sample(cfg.batch_size, cfg.horizon)
-            losses = self.losses(batch)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.guard.backward(self.total(losses))
-            distributed.average_gradients(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.max_grad_norm)
-            self.guard.step(norm)
-            for name, loss in {**losses, "grad_norm": norm}.items():
-                sums[name] = sums.get(name, 0.0) + loss.detach()
-        means = {name: (total / num_steps).item() for name, total in sums.items()}
-        return distributed.means(means, batch.rewards.device)
-
-    def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Weighted sum of the loss terms."""
-        cfg = self.model.cfg
-        return (
-            cfg.consistency_coef * losses["consistency"]
-            + cfg.reward_coef * losses["reward"]
-            + cfg.value_coef * losses["value"]
-            + cfg.continuation_coef * losses["continuation"]
-            + cfg.prior_coef * losses["prior"]
-        )
+            terms = self.losses(replay.sample(cfg.batch_size, cfg.horizon))
+            self.guard.step(torch.stack(list(terms.values())).sum())
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        means = {f"model_{name}": (x / num_steps).item() for name, x in sums.items()}
+        return distributed.means(means | {"model_steps": num_steps}, rollout.device)
 
     def losses(self, batch: Sequences) -> dict[str, torch.Tensor]:
-        """Loss terms of a batch of sub-sequences, each a scalar averaged over valid steps weighted by ``rho**k``.
-
-        Of several processes, the mean of the terms is the average over the valid steps of all of them.
-        """
-        model, cfg, task = self.model, self.model.cfg, batch.task
-        horizon = batch.actions.shape[1]
+        """Weighted loss terms of sub-sequences, each a scalar: means over all steps, masked ones count as 0."""
+        model, vector = self.model, self.objective.vector
+        next_obs, task, terms = vector(batch.next_obs), batch.task, {}
+        z, weight = model.encode(vector(batch.obs[:, 0]), task[:, 0]), 1.0
         with torch.no_grad():
-            target_z = model.encode(self.flatten_obs(batch.next_obs), task)
-            flat_obs = batch.obs.flatten(0, 1)
-            target_action, std = (x.unflatten(0, batch.mask.shape) for x in self.policy(flat_obs))
-            values = batch.returns
-            if cfg.value_target == "critic":
-                values = self.critic(flat_obs, task.flatten()).unflatten(0, batch.mask.shape)
-            scale = model.rewards.scale(task)
-            target_reward, target_value = batch.rewards / scale, values / scale
-            base_logit = model.rewards.termination_logit(task)
+            features = model.encode(next_obs, task)[..., model.anchor_dim :]
+        for k in range(batch.actions.shape[1]):
+            now = (batch.actions[:, k], task[:, k])
+            change, predicted, reward, logits = model.predict(z, *now)
+            mask, known = weight * batch.mask[:, k], weight * batch.next_mask[:, k]
+            step = {}
+            if model.anchor_dim:
+                # Targets are from where imagination is, so that its errors are made good for.
+                target = model.change_targets(model.observation(z), next_obs[:, k], task[:, k])
+                step["change"] = CHANGE_WEIGHT * (model.change_loss(change, target, task[:, k]) * known).mean()
+            if self.cfg.features:
+                off = (predicted - features[:, k]).square().mean(-1) / model.feature_change[task[:, k]]
+                step["features"] = FEATURE_WEIGHT * (off * known).mean()
+            earned = model.reward_targets(batch.rewards[:, k], task[:, k])
+            alive = mask * ~batch.terminated[:, k]
+            step["reward"] = REWARD_WEIGHT * ((reward - earned).square() * alive).mean()
+            step["termination"] = (termination_loss(logits, batch.terminated[:, k]) * mask).mean()
+            if not model.anchor_dim:
+                step |= self._head_losses(z, batch.obs[:, k], task[:, k], mask)
+            terms = {name: terms.get(name, 0.0) + value for name, value in step.items()}
+            if k + 1 < batch.actions.shape[1]:
+                z, weight = model.step(z, *now)[0], DECAY * weight
+        return terms
 
-        embedding = model.embed(task)
-        z = model.encode(self.flatten_obs(batch.obs[:, 0]), task[:, 0])
-        latents, steps = [], []
-        for k in range(horizon):
-            latents.append(z)
-            # The target carries the stop-gradient, the prediction does not: the dynamics must learn from consistency.
-            steps.append(model.predict(z, batch.actions[:, k], embedding[:, k]))
-            z = steps[-1][0]
-        z = torch.stack(latents, 1)
-        z_next, reward_logits, termination_logits = (torch.stack(x, 1) for x in zip(*steps, strict=True))
-
-        decay = cfg.rho ** torch.arange(horizon, device=z.device)
-        weight = decay * batch.mask
-        next_weight = decay * batch.next_mask
-        consistency = (z_next - target_z).square().mean(-1)
-        reward = model.two_hot.cross_entropy(reward_logits, target_reward)
-        value = model.two_hot.cross_entropy(model.value_logits(z, embedding), target_value)
-        rate_logit = base_logit if cfg.balance_terminations else torch.zeros_like(base_logit)
-        continuation = balanced_bce(termination_logits, batch.terminated, rate_logit)
-        # The policy's gradient does not enter the encoder: the prior reads a detached latent.
-        deviation = (model.prior(z.detach(), embedding) - target_action) / std
-        prior = 0.5 * (deviation * self.action_mask[task]).square().sum(-1)
-        reward_weight = weight * ~batch.terminated if cfg.terminal_reward else weight
-        sizes = distributed.mean(torch.stack([w.sum() for w in (next_weight, reward_weight, weight)]))
-        next_size, reward_size, size = sizes.clamp_min(1e-8)  # all terms are 0 where no weight is left
+    def _head_losses(
+        self, z: torch.Tensor, obs: torch.Tensor, task: torch.Tensor, mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Errors of ``V(z)`` and ``pi(z)`` against critic and policy; the policy's does not reach the encoder."""
+        model = self.model
+        with torch.no_grad():
+            value = model.values(self.objective.values(obs, task).unsqueeze(-1), task).squeeze(-1)
+            mean, std = self.policy(obs)
+        e = model.embed(task)
+        predicted = model.value_head(torch.cat([z, e], dim=-1)).squeeze(-1)
+        off = ((model.policy(z.detach(), task) - mean) / std).square() * self.tasks.action_mask[task]
         return {
-            "consistency": (consistency * next_weight).sum() / next_size,
-            "reward": (reward * reward_weight).sum() / reward_size,
-            "value": (value * weight).sum() / size,
-            "continuation": (continuation * weight).sum() / size,
-            "prior": (prior * weight).sum() / size,
+            "value": ((predicted - value.clamp(-5.0, 5.0)).square() * mask).mean(),
+            "policy": 0.5 * (off.sum(-1) * mask).mean(),
         }
 
     @torch.no_grad()
-    def measure(self, batch: Sequences) -> dict[str, torch.Tensor]:
-        """Quality on data that the model has not trained on, that of all processes.
+    def _update_statistics(self, st: RolloutStorage) -> None:
+        """What the model's inputs and outputs are measured in, from the steps of a rollout that took place."""
+        kept = ~st.lost.flatten()
+        obs, task = st.obs.flatten(0, 1)[kept], st.task.flatten()[kept]
+        next_obs = self.objective.vector(st.next_obs.flatten(0, 1))[kept]
+        others = (x.flatten()[kept] for x in (st.next_obs_valid, st.rewards, st.terminated))
+        valid, rewards, terminated = others
+        model, obs_vector = self.model, self.objective.vector(obs)
+        model.update_statistics(obs_vector, next_obs, valid, rewards, terminated, task)
+        if self.cfg.features:
+            changed = model.encode(next_obs, task) - model.encode(obs_vector, task)
+            changed = changed[..., model.anchor_dim :].square().mean(-1)
+            unit = mean_per_task(changed, valid, task, self.tasks.count)
+            model.feature_change.copy_(torch.where(unit > 0.0, unit.clamp_min(1e-8), model.feature_change))
+        if not self.model.cfg.anchor:
+            self.model.values.update(self.objective.values(obs, task).unsqueeze(-1), task)
+
+    @torch.no_grad()
+    def measure(self, st: RolloutStorage) -> dict[str, float]:
+        """Quality on a finished rollout that the model has not been trained on, means over the tasks.
 
         Returns:
-            For each task, (K,) each: ``skill_1`` and ``skill_H``: one minus the k-step latent error over the error of
-            "no change"; ``error_1`` and ``error_H``: the k-step latent error itself (mean square);
-            ``reward_ev`` and ``value_ev``: explained variance of the reward (of surviving steps) and of the value;
-            ``fall_probability``: mean predicted probability on true falls.
+            ``skill``: share of the change of the observation, or of the features, that is explained in one step;
+            ``reward_ev``: explained variance of the reward of steps that go on; ``fall_probability``: mean predicted
+            probability of true terminations.
         """
-        model, task = self.model, batch.task
-        num_tasks, first = len(self.action_mask), batch.task[:, 0]
-        embedding = model.embed(task)
-        encoded = model.encode(self.flatten_obs(batch.next_obs), task)
-        z = start = model.encode(self.flatten_obs(batch.obs[:, 0]), first)
-        result, horizon = {}, batch.actions.shape[1]
-        rewards, alive = [], []
-        for k in range(horizon):
-            z, reward, survives = model.step(z, batch.actions[:, k], embedding[:, k], task[:, k])
-            rewards.append(reward)
-            alive.append(survives)
-            if k in (0, horizon - 1):
-                mask = batch.next_mask[:, k]
-                error = mean_per_task((z - encoded[:, k]).square().mean(-1), mask, first, num_tasks)
-                still = mean_per_task((start - encoded[:, k]).square().mean(-1), mask, first, num_tasks)
-                name = "1" if k == 0 else "H"
-                result[f"error_{name}"] = error
-                result[f"skill_{name}"] = 1.0 - error / still.clamp_min(1e-12)
-        predicted = torch.stack(rewards, 1) * model.rewards.scale(task)
-        alive_mask = batch.mask & ~batch.terminated
-        result["reward_ev"] = explained_variance(predicted, batch.rewards, alive_mask, task, num_tasks)
-        value = model.value(start, embedding[:, 0]) * model.rewards.scale(first)
-        result["value_ev"] = explained_variance(value, batch.returns[:, 0], batch.mask[:, 0], first, num_tasks)
-        falls = batch.terminated & batch.mask
-        result["fall_probability"] = mean_per_task(1.0 - torch.stack(alive, 1), falls, task, num_tasks)
-        return result
-
-
-def mean_per_task(x: torch.Tensor, mask: torch.Tensor, task: torch.Tensor, num_tasks: int) -> torch.Tensor:
-    """Mean of the masked elements of each task over all processes, (K,), 0 where there are none.
-
-    All arguments have the same shape.
-    """
-    weight = mask.flatten().to(x.dtype)
-    zero = torch.zeros(num_tasks, dtype=x.dtype, device=x.device)
-    count = zero.index_add(0, task.flatten(), weight)
-    count, total = distributed.total(torch.stack((count, zero.index_add(0, task.flatten(), x.flatten() * weight))))
-    return total / count.clamp_min(1.0)
-
-
-def explained_variance(
-    predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, task: torch.Tensor, num_tasks: int
-) -> torch.Tensor:
-    """``1 - Var(target - predicted) / Var(target)`` over the masked elements of each task in all processes, (K,).
-
-    0 where the target does not vary. All arguments have the same shape.
-    """
-
-    def variance(x: torch.Tensor) -> torch.Tensor:
-        mean = mean_per_task(x, mask, task, num_tasks)
-        return mean_per_task((x - mean[task]).square(), mask, task, num_tasks)
-
-    spread = variance(target)
-    explained = 1.0 - variance(target - predicted) / spread.clamp_min(1e-12)
-    return torch.where(spread > 1e-12, explained, 0.0)
+        model, count, task = self.model, self.tasks.count, st.task.flatten()
+        kept = ~st.lost.flatten()
+        obs, next_obs = (self.objective.vector(x.flatten(0, 1)) for x in (st.obs, st.next_obs))
+        known = kept & st.next_obs_valid.flatten()
+        z = model.encode(obs, task)
+        change, predicted, reward, logits = model.predict(z, st.actions.flatten(0, 1), task)
+        if model.anchor_dim:
+            target = model.change_targets(obs, next_obs, task)
+            error, still = (mean_per_task(x.square(), known, task, count) for x in (change - target, target))
+            explained = torch.where(still > 1e-6, 1.0 - error / still.clamp_min(1e-12), 1.0)
+            seen = mean_per_task(known.to(still.dtype), known, task, count) > 0
+            model.update_explained(explained.clamp(0.0, 1.0), seen)
+            error, still = ((x * model.own_dims).sum(-1) for x in (error, still))
+        else:
+            target = model.encode(next_obs, task)
+            pairs = (predicted - target, z - target)
+            error, still = (mean_per_task(x.square().mean(-1), known, task, count) for x in pairs)
+        rewards, alive = model.reward_targets(st.rewards.flatten(), task), kept & ~st.terminated.flatten()
+        quality = {
+            "skill": 1.0 - error / still.clamp_min(1e-12),
+            "reward_ev": explained_variance(reward, rewards, alive, task, count),
+            "fall_probability": mean_per_task(torch.sigmoid(logits), kept & st.terminated.flatten(), task, count),
+        }
+        return {f"model/{name}": value.mean().item() for name, value in quality.items()}

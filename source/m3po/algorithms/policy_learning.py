@@ -1,4 +1,4 @@
-"""PPO epochs over a rollout, with the distillation of plans into the prior.
+"""PPO epochs over a rollout (8)-(9).
 
 The step sizes are adapted as in rsl_rl, by the KL of an update. What several tasks share follows their mean KL; each
 task's own output layer follows the task's: a task with one action moves a hundredth as far as one with twenty.
@@ -14,8 +14,8 @@ from rsl_rl.models import MLPModel
 from torch import nn
 
 from m3po import distributed
-from m3po.algorithms.model_learning import mean_per_task
-from m3po.algorithms.policy_loss import distillation_loss, surrogate_loss, value_loss
+from m3po.algorithms.policy_loss import surrogate_loss, value_loss
+from m3po.algorithms.statistics import mean_per_task
 from m3po.algorithms.step_guard import StepGuard
 from m3po.config import AlgorithmCfg
 from m3po.models.task_policy import TaskMLPModel
@@ -35,14 +35,14 @@ class PolicyLearner:
         """Create the optimiser.
 
         Args:
-            actor: Policy prior.
+            actor: Policy.
             critic: Value function; it may share the task embedding with the policy.
             cfg: Configuration.
             units: Tasks (B,) -> reward units of the critic's output, (B,).
         """
         self.actor, self.critic, self.cfg, self.units = actor, critic, cfg, units
         self.learning_rate = cfg.learning_rate
-        self.leave(0.0)
+        self.reserve_kl(0.0)
         heads = list(actor.task_head.parameters()) if isinstance(actor, TaskMLPModel) else []
         self.task_rates = torch.full((len(heads[0]),), cfg.learning_rate) if heads else torch.empty(0)
         """Step size of each task's output layer of the policy, (K,), on the host; empty where there are none."""
@@ -60,13 +60,15 @@ class PolicyLearner:
         self.optimizer = torch.optim.Adam(
             [{"params": groups[name], "lr": cfg.learning_rate} for name in self._names], fused=True
         )
-        self.guard = StepGuard("policy", self.optimizer, (actor, critic), cfg.restore_after)
         self.learns_values = cfg.value_loss_coef > 0.0
-        """Whether the critic learns here, or from the ring alone."""
+        """Whether the critic learns here, or from the replay buffer alone."""
+        networks = (actor, critic) if self.learns_values else (actor,)
+        clipped = [list(network.parameters()) for network in networks]
+        self.guard = StepGuard("policy", self.optimizer, (actor, critic), cfg.max_grad_norm, clipped)
         self._set_learning_rate(cfg.learning_rate)
 
-    def leave(self, kl: float) -> None:
-        """Leave a part of ``desired_kl``, in nats, to what else moves the policy; at least a quarter remains here."""
+    def reserve_kl(self, kl: float) -> None:
+        """Reserve a part of the KL budget for the plans, nats; PPO gets the rest, and at least a quarter."""
         self.desired_kl = max(self.cfg.desired_kl - kl, 0.25 * self.cfg.desired_kl)
 
     def train(self, rollout: RolloutStorage) -> dict[str, float]:
@@ -81,27 +83,18 @@ class PolicyLearner:
             loss = terms["surrogate"]
             if self.learns_values:
                 loss = loss + cfg.value_loss_coef * terms["value"]
-            loss = loss - cfg.entropy_coef * terms["entropy"]
-            if cfg.distill_coef > 0.0:
-                loss = loss + cfg.distill_coef * terms["distillation"]
-            self.optimizer.zero_grad(set_to_none=True)
-            self.guard.backward(loss)
-            distributed.average_gradients(self.optimizer, weight=len(batch["actions"]))
-            self._step()
+            self._step(loss - cfg.entropy_coef * terms["entropy"], len(batch["actions"]))
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item() / updates
             if i < cfg.num_mini_batches:
                 sums["clipped_share"] = sums.get("clipped_share", 0.0) + clipped.item() / cfg.num_mini_batches
         return distributed.means(sums, batch["actions"].device, weight=samples)
 
-    def _step(self) -> None:
-        """Clip the gradients and step; each task's output layer goes as far as its own rate says."""
+    def _step(self, loss: torch.Tensor, samples: int) -> None:
+        """Take a gradient step; each task's output layer goes as far as its own rate says."""
         heads = self.parameters("heads")
         before = [p.detach().clone() for p in heads]
-        networks = (self.actor, self.critic) if self.learns_values else (self.actor,)
-        restored = self.guard.step(
-            *(nn.utils.clip_grad_norm_(x.parameters(), self.cfg.max_grad_norm) for x in networks)
-        )
+        restored = self.guard.step(loss, samples)
         if heads and not restored:  # Adam's step is proportional to its rate, here the largest of the tasks'
             share = (self.task_rates / self.task_rates.max()).to(heads[0].device)
             for parameter, old in zip(heads, before, strict=True):
@@ -122,16 +115,11 @@ class PolicyLearner:
             cfg.clip_param,
             cfg.ratio,
         )
-        imitate = (batch["planned"] & (batch["plan_gain"] > 0)).float()
-        terms = {
-            "surrogate": surrogate,
-            "entropy": self.actor.output_entropy.mean(),
-            "distillation": distillation_loss(mean, batch["std"], batch["plan_mean"], imitate),
-        }
+        terms = {"surrogate": surrogate, "entropy": self.actor.output_entropy.mean()}
         if self.learns_values:
             values, units = self.critic(batch["obs"]).squeeze(-1), self.units(batch["task"])
             old_values, returns = batch["values"] / units, batch["returns"] / units
-            terms["value"] = value_loss(values, old_values, returns, cfg.clip_param, cfg.use_clipped_value_loss)
+            terms["value"] = value_loss(values, old_values, returns, cfg.clip_param)
         return terms, clipped
 
     @torch.no_grad()
@@ -160,7 +148,7 @@ class PolicyLearner:
         self.learning_rate = rate
         rates = {
             "policy": rate,
-            "critic": max(rate, self.cfg.critic_min_learning_rate),
+            "critic": max(rate, self.cfg.learning_rate),
             "std": self.cfg.std_learning_rate,
         }
         if len(self.task_rates):

@@ -34,33 +34,12 @@ def surrogate_loss(
     loss = torch.max(-advantage * r, -advantage * r.clamp(1.0 - clip_param, 1.0 + clip_param))
     if ratio == "decoupled":
         loss = loss * torch.exp(log_pi_old - log_beta).clamp(max=1.0)
-    return loss.mean(), ((r - 1.0).abs() > clip_param).float().mean().detach()
+    return loss.mean(), ((r - 1.0).abs() > clip_param).to(r.dtype).mean().detach()
 
 
 def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_param: float, clipped: bool
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_param: float
 ) -> torch.Tensor:
-    """Squared error of the critic, optionally with PPO2's clipped update. All (B,); returns a scalar."""
-    errors = (values - returns).pow(2)
-    if not clipped:
-        return errors.mean()
+    """Squared error of the critic with PPO2's clipped update. All (B,); returns a scalar."""
     moved = old_values + (values - old_values).clamp(-clip_param, clip_param)
-    return torch.max(errors, (moved - returns).pow(2)).mean()
-
-
-def distillation_loss(
-    mean: torch.Tensor, std_old: torch.Tensor, plan_mean: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """``KL(N(m, sigma) || N(mu, sigma))`` where the plan is predicted to be better, averaged over the whole batch.
-
-    Args:
-        mean: Mean of the policy being trained, (B, A).
-        std_old: Deviation at the rollout, (B, A).
-        plan_mean: Executed plan's mean, (B, A).
-        weight: 1 where the plan is to be imitated, else 0, (B,).
-
-    Returns:
-        Scalar loss.
-    """
-    kl = 0.5 * ((mean - plan_mean) / std_old).square().sum(-1)
-    return (weight * kl).mean()
+    return torch.max((values - returns).pow(2), (moved - returns).pow(2)).mean()

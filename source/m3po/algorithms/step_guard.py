@@ -1,4 +1,7 @@
-"""Gradient steps that are skipped where a loss or gradient is not finite, and undone where that goes on."""
+"""The one gradient step that all learners take: guarded against numbers that are not finite, clipped, and averaged.
+
+A step whose gradient is not finite is skipped. Where that goes on, the last good state is restored.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from m3po import distributed
 from m3po.late_flag import LateFlag
+
+RESTORE_AFTER = 5
+"""Skipped steps in a row after which the last good state is restored."""
 
 BACK_OFF, RECOVERY = 0.5, 1.02
 """Factors of the learning rates' scale at a skipped step, and at a taken one until the scale is 1 again."""
@@ -24,7 +31,12 @@ class StepGuard:
     """
 
     def __init__(
-        self, label: str, optimizer: torch.optim.Adam, networks: Sequence[nn.Module], restore_after: int
+        self,
+        label: str,
+        optimizer: torch.optim.Adam,
+        networks: Sequence[nn.Module],
+        max_grad_norm: float,
+        clipped: Sequence[Sequence[nn.Parameter]] | None = None,
     ) -> None:
         """Guard an optimiser.
 
@@ -32,9 +44,11 @@ class StepGuard:
             label: What is trained, for messages.
             optimizer: Fused Adam over parameters of the networks; only the fused one can skip on the device.
             networks: Their parameters and statistics belong to the state.
-            restore_after: Skipped steps in a row after which the last good state is restored.
+            max_grad_norm: Clipping threshold of the gradient.
+            clipped: Parameters that are clipped together, group by group; by default all of the optimiser's.
         """
-        self.label, self.optimizer, self.networks, self.restore_after = label, optimizer, networks, restore_after
+        self.label, self.optimizer, self.networks, self.max_grad_norm = label, optimizer, networks, max_grad_norm
+        self.clipped = clipped or [[p for group in optimizer.param_groups for p in group["params"]]]
         self.scale = 1.0
         """Factor of all learning rates, in (0, 1]."""
         self._device = optimizer.param_groups[0]["params"][0].device
@@ -48,7 +62,7 @@ class StepGuard:
         self._saved = False
 
     def state(self) -> dict[str, float]:
-        """What :meth:`load_state` needs for the same steps; the last good state is saved anew."""
+        """What :meth:`load_state` needs to take the same steps; the last good state is saved anew."""
         return {"scale": self.scale, "in_a_row": self._in_a_row}
 
     def load_state(self, state: dict[str, float]) -> None:
@@ -59,22 +73,24 @@ class StepGuard:
         """Begin a round of steps; its first good one saves the state."""
         self._saved = False
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of a loss, (). All are NaN where the loss is not finite, whatever its derivative is.
-
-        So the gradients alone tell a bad step, even after they were averaged over processes.
-        """
-        loss.backward(torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype))
-
-    def step(self, *norms: torch.Tensor) -> bool:
-        """Take the optimiser's step, or skip it.
+    def step(self, loss: torch.Tensor, weight: float = 1.0) -> bool:
+        """Take a gradient step on a loss, or skip it.
 
         Args:
-            norms: Norms of the gradients, () each, as ``clip_grad_norm_`` returns them, over all parameters together.
+            loss: Loss, ().
+            weight: What the gradient of this process counts for among several, such as the samples behind it.
 
         Returns:
             Whether the last good state was restored instead.
         """
+        if not loss.requires_grad:  # everything that it depends on is frozen
+            return False
+        self.optimizer.zero_grad(set_to_none=True)
+        # All gradients are NaN where the loss is not finite, whatever its derivative is: the gradients alone then tell
+        # a bad step, even after they were averaged over processes.
+        loss.backward(torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype))
+        distributed.average_gradients(self.optimizer, weight)
+        norms = [nn.utils.clip_grad_norm_(group, self.max_grad_norm) for group in self.clipped]
         bad = ~torch.stack(norms).isfinite().all()
         if not self._saved and not bad:  # once per round the host waits
             self._save()
@@ -91,7 +107,7 @@ class StepGuard:
         self._skipped += 1
         self._in_a_row += 1
         self.scale *= BACK_OFF
-        if self._in_a_row < self.restore_after:
+        if self._in_a_row < RESTORE_AFTER:
             return False
         self._in_a_row = 0
         return self._restore()
@@ -116,7 +132,7 @@ class StepGuard:
 
     def _restore(self) -> bool:
         """Go back to the last good state, with the learning rates of now. Returns whether there is one."""
-        many = f"[m3po] {self.label}: {self.restore_after} gradient steps in a row were not finite"
+        many = f"[m3po] {self.label}: {RESTORE_AFTER} gradient steps in a row were not finite"
         if self._good is None:
             print(f"{many}, and there is no good state yet to go back to", flush=True)
             return False

@@ -37,7 +37,7 @@ def guarded(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
         return INTERRUPTED
 
 
-def add_distributed(parser: argparse.ArgumentParser) -> None:
+def add_distributed(parser: argparse._ActionsContainer) -> None:
     """Add ``--distributed``, as ``args.in_group``: Isaac Lab's functions read ``distributed`` as "on GPUs"."""
     parser.add_argument(
         "--distributed",
@@ -73,11 +73,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all options)")
 
 
-def check_device(requested: str | None) -> str:
+def check_device(requested: str | None, present: bool = True) -> str:
     """Choose the device, CUDA where available, and refuse one that is not there.
 
     Args:
         requested: ``cpu``, ``cuda``, ``cuda:N`` or ``None`` for the default.
+        present: Whether the device must be there.
 
     Returns:
         ``cpu`` or ``cuda:N``.
@@ -93,7 +94,7 @@ def check_device(requested: str | None) -> str:
     if requested == "cpu":
         return "cpu"
     index = int(match[1] or 0)
-    if index >= available:
+    if present and index >= available:
         raise UserError(
             f"device '{requested}' is not available: torch sees {available} CUDA devices. Use --device cpu."
         )

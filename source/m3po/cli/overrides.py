@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from m3po.config import replacement
 from m3po.errors import UserError
 
 _LITERALS = {"true": True, "false": False, "none": None, "null": None}
@@ -33,7 +34,8 @@ def assign(root: Any, path: str, value: Any, section: str) -> None:
         section: Name of the root, for messages.
 
     Raises:
-        UserError: If the path does not exist or the value does not fit the present one.
+        UserError: If the path does not exist or the value does not fit the present one. Of a field of an earlier
+            version, the message says what replaces it.
     """
     *parents, leaf = path.split(".")
     node, where = root, section
@@ -61,7 +63,7 @@ def _child(node: Any, name: str, where: str) -> Any:
         if not names:
             raise UserError(f"unknown override '{where}.{name}': {where} is a single value without fields.")
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        hint = replacement(type(node).__name__, name) or (f" Did you mean '{close[0]}'?" if close else "")
         raise UserError(f"unknown override '{where}.{name}'.{hint} {where} has: {', '.join(names)}.")
     return node[name] if isinstance(node, Mapping) else getattr(node, name)
 

@@ -82,8 +82,8 @@ def check_policy(policy: str, train_cfg: dict[str, Any]) -> None:
     """Raise ``UserError`` if a runner configuration has no such policy to play."""
     if policy not in policies_of(train_cfg):
         raise UserError(
-            "this run trained no latent model, so that there is no planner; use --policy prior, or train with "
-            "agent.algorithm.world_model.steps_per_iteration=10 (and planner.share=0.25 to plan while training)."
+            "this run trained no world model, so that there is no planner; use --policy prior, or train with "
+            "--algo m3po."
         )
 
 

@@ -18,9 +18,9 @@ from rsl_rl.env import VecEnv
 
 from m3po import distributed
 from m3po.algorithms.construction import check_cfg
+from m3po.algorithms.ppo import check_ppo_cfg
 from m3po.cli.arguments import at_least, check_device
 from m3po.cli.overrides import assign, parse_value
-from m3po.config import AlgorithmCfg
 from m3po.envs.absent import AbsentEnv
 from m3po.envs.member_process import ProcessMember
 from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
@@ -95,7 +95,7 @@ def handles(argv: Sequence[str]) -> bool:
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and playing share."""
     parser.add_argument("--task", required=True, help="Tasks and task sets, separated by commas.")
-    parser.add_argument("--algo", choices=("m3po", "ppo"), default="m3po", help="m3po, or its PPO core without model.")
+    parser.add_argument("--algo", choices=("m3po", "ppo"), default="m3po", help="m3po, or rsl_rl's own PPO.")
     parser.add_argument("--agent", choices=list(AGENTS), default=next(iter(AGENTS)), help="Default or paper mode.")
     count = parser.add_mutually_exclusive_group()
     count.add_argument("--num_envs", type=at_least(1), help="Environments in total, split evenly over the tasks.")
@@ -142,13 +142,15 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
                 f"'{token}' is neither an option (see --help) nor an override agent.FIELD=VALUE"
                 + (", and env.* is for a single Isaac Lab task." if token.startswith("env.") else ".")
             )
+    if args.algo == "ppo" and AGENTS[args.agent] != "default":
+        raise UserError(f"agent '{args.agent}' is not one of algorithm 'ppo'; leave out --agent.")
     names = expand(args.task)
     found = [find_task(name) for name in names]
     infos = [suite.info(task) for suite, task in found]
     needy = [name for name, (suite, _) in zip(names, found, strict=True) if suite.own_process]
     if args.processes == "none" and needy:
         raise UserError(f"{', '.join(needy)} cannot share a process; --processes auto gives each its own.")
-    device = check_device(args.device)
+    device = check_device(args.device, present=not getattr(args, "print_config", False))
     if getattr(args, "in_group", False):
         device = distributed.local_device(device)
     sizes = _sizes(args, names, device)
@@ -158,9 +160,13 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
     for token in rest:
         key, text = token.split("=", 1)
         assign(train_cfg, key.removeprefix("agent."), parse_value(text), "agent")
-    algorithm: AlgorithmCfg = train_cfg["algorithm"]
-    check_cfg(algorithm, sum(sizes), train_cfg["num_steps_per_env"], device, share=train_cfg["quarantine_share"])
-    train_cfg["algorithm"] = dataclasses.asdict(algorithm) | {"class_name": "m3po.algorithms:M3PO"}
+    num_steps, share = train_cfg["num_steps_per_env"], train_cfg["quarantine_share"]
+    if args.algo == "ppo":
+        check_ppo_cfg(train_cfg["algorithm"], sum(sizes), num_steps, share)
+        train_cfg["algorithm"]["class_name"] = "m3po.algorithms.ppo:PPO" if multi_task else "PPO"
+    else:
+        check_cfg(train_cfg["algorithm"], sum(sizes), num_steps, device, share=share)
+        train_cfg["algorithm"] = dataclasses.asdict(train_cfg["algorithm"]) | {"class_name": "m3po.algorithms:M3PO"}
     return SuiteJob(args, rest, infos, sizes, device, seed, multi_task, train_cfg)
 
 
@@ -181,10 +187,13 @@ def _sizes(args: argparse.Namespace, names: list[str], device: str) -> list[int]
 def _train_cfg(
     args: argparse.Namespace, infos: list[TaskInfo], multi_task: bool, device: str, seed: int
 ) -> dict[str, Any]:
-    """Runner configuration before overrides, which are checked by the fields of its algorithm, still a dataclass."""
+    """Runner configuration before overrides. They are checked by the fields of its algorithm, a dataclass for M3PO."""
     cfg = suite_runner_cfg(multi_task, device, AGENTS[args.agent], args.algo)
-    if len(infos) == 1:
-        cfg["algorithm"].gamma = task_discount(infos[0].episode_length)
+    discounts = [task_discount(info.episode_length) for info in infos]
+    if args.algo == "ppo":
+        cfg["algorithm"]["gamma"] = sum(discounts) / len(discounts)  # rsl_rl's PPO has one for all tasks
+    elif len(infos) == 1:
+        cfg["algorithm"].gamma = discounts[0]
     deviations = [info.init_std for info in infos]
     cfg["actor"]["distribution_cfg"]["init_std"] = deviations if len(set(deviations)) > 1 else deviations[0]
     names = [info.name for info in infos]

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import m3po
 from m3po import distributed
 from m3po.algorithms.construction import parse_algorithm_cfg
-from m3po.cli import suite_job
+from m3po.cli import print_config, suite_job
 from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
 from m3po.cli.training import add_checkpoint_arguments, add_start_arguments, train
 from m3po.elastic import Launch
@@ -24,7 +25,7 @@ from m3po.evaluation_process import EvaluationProcess
 from m3po.manifest import environment_variables, git_revision, package_versions, write_json
 from m3po.presets import describe
 from m3po.runners import M3PORunner
-from m3po.runners.checkpoint import read_checkpoint
+from m3po.runners.checkpoint import check_compatible, read_checkpoint
 from m3po.runners.run_folder import record_resumption
 from m3po.runners.task_transfer import TaskSizes, checkpoint_tasks, match_tasks, train_embedding_only
 from m3po.stopping import StopSignals
@@ -48,7 +49,9 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description="Train one agent on one or several tasks of any suite.")
     suite_job.add_common_arguments(parser)
-    add_distributed(parser)
+    purpose = parser.add_mutually_exclusive_group()
+    add_distributed(purpose)
+    print_config.add_argument(purpose)
     parser.add_argument(
         "--split_tasks",
         "--split-tasks",
@@ -100,18 +103,22 @@ def _canonical(name: str) -> str:
 
 def _main(argv: list[str]) -> int:
     """Check everything, then create the environments and train."""
-    job = suite_job.prepare(_parser(), argv)
-    args = job.args
-    distributed.check_start(args.in_group)
-    checkpoint = suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
+    with print_config.kept_apart(argv):
+        job = suite_job.prepare(_parser(), argv)
+        args = job.args
+        distributed.check_start(args.in_group)
+        checkpoint = suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
+        if args.print_config:
+            _find_start(job)
+    if args.print_config:
+        num_envs = dict(zip(job.names, job.sizes, strict=True))
+        return print_config.show(args, args.agent, job.device, num_envs, _runner_cfg(job))
     stop = StopSignals()
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.caught())
         stack.enter_context(distributed.group(args.in_group, job.device))
         job.seed = job.train_cfg["seed"] = distributed.shared(job.seed)
-        found = suite_job.find_run(job, args.resume) if args.resume else None
-        if found is None:
-            _check_start(job)
+        found = _find_start(job)
         sizes = [sum(of_task) for of_task in zip(*distributed.collected(job.sizes), strict=True)]
         launch = Launch(suite_job.experiment_dir(job), lambda: found[0] if found else _create_run(job, sizes))
         run_dir, resumed = launch.run_dir, launch.checkpoint or (found and found[1])
@@ -127,8 +134,7 @@ def _main(argv: list[str]) -> int:
         own_dir.mkdir(exist_ok=True)
         seed = job.seed + distributed.rank()
         env = stack.enter_context(suite_job.environments(job, job.sizes, seed, own_dir, restart=args.restart_members))
-        train_cfg = job.train_cfg | {"eval_interval": args.eval_interval, "keep_checkpoints": args.keep_checkpoints}
-        runner = M3PORunner(env, train_cfg, str(run_dir), job.device, evaluator, stop)
+        runner = M3PORunner(env, _runner_cfg(job), str(run_dir), job.device, evaluator, stop)
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)
@@ -141,6 +147,18 @@ def _main(argv: list[str]) -> int:
         if code == 0:
             launch.finish()
     return code
+
+
+def _runner_cfg(job: suite_job.SuiteJob) -> dict[str, Any]:
+    return job.train_cfg | {name: getattr(job.args, name) for name in ("eval_interval", "keep_checkpoints")}
+
+
+def _find_start(job: suite_job.SuiteJob) -> tuple[Path, Path] | None:
+    """The run to resume and its checkpoint; without ``--resume``, what else training starts from is checked."""
+    if job.args.resume:
+        return suite_job.find_run(job, job.args.resume)
+    _check_start(job)
+    return None
 
 
 def _check_start(job: suite_job.SuiteJob) -> None:
@@ -158,7 +176,9 @@ def _check_start(job: suite_job.SuiteJob) -> None:
         if args.init_task_from:
             raise UserError("--init_task_from needs a checkpoint to take the embeddings from: --transfer PATH.")
         return
-    there = checkpoint_tasks(args.transfer, read_checkpoint(args.transfer, "cpu"))
+    content = read_checkpoint(args.transfer, "cpu")
+    check_compatible(args.transfer, content, algorithm=args.algo)
+    there = checkpoint_tasks(args.transfer, content)
     here = [TaskSizes(info.name, info.obs_dim, info.action_dim) for info in job.infos]
     source = match_tasks(there, here, args.init_task_from)
     kept = [name for name in job.names if source.get(name) == name]

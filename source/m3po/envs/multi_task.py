@@ -179,7 +179,7 @@ class MultiTaskVecEnv(VecEnv):
         merged = self._merge_extras(obs, ends, extras)
         if any(lost):
             merged["lost"] = self._per_env(lost)
-        return self.get_observations(), self._cat(rewards, torch.float32), ends, merged
+        return self.get_observations(), self._cat(rewards, torch.get_default_dtype()), ends, merged
 
     def state_dict(self) -> list[dict[str, Any] | None]:
         """What the members tell of their state, for :meth:`load_state_dict`."""
@@ -276,7 +276,7 @@ class MultiTaskVecEnv(VecEnv):
             if not all(delivered):
                 merged["final_obs_valid"] = self._per_env(delivered) | ~dones
         if any(member.reports_success for member in self.members):
-            merged["success"] = self._cat_extras("success", extras, torch.nan, torch.float32)
+            merged["success"] = self._cat_extras("success", extras, torch.nan, torch.get_default_dtype())
         if log := self._new_logs(extras):
             merged["log"] = log
         return merged

@@ -1,1 +1,1 @@
-"""Device kernels and their torch references, one file per kernel; the only place that imports Warp and Triton."""
+"""Device kernels and their torch references, one file per kernel; the only place that imports Warp."""

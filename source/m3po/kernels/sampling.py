@@ -79,7 +79,7 @@ def sample_candidates_torch(
     max_noise: float,
 ) -> None:
     """Reference of :func:`sample_candidates`."""
-    noise = planner_noise(counters, env_ids, tuple(out.shape[1:]))
+    noise = planner_noise(counters, env_ids, tuple(out.shape[1:])).to(out.dtype)
     torch.addcmul(mean.unsqueeze(1), std.unsqueeze(1), noise, out=noise)
     out.copy_(noise.clamp_(-max_noise, max_noise))
     if action_mask is not None:

@@ -6,6 +6,7 @@ processes bring to an ``update`` is merged in all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,14 @@ from m3po import distributed
 class TaskNormalizer(nn.Module):
     """Per-task running mean and deviation of a vector."""
 
-    def __init__(self, num_tasks: int, dim: int, task_dims: Sequence[int] | None = None, eps: float = 1e-2) -> None:
+    def __init__(
+        self,
+        num_tasks: int,
+        dim: int,
+        task_dims: Sequence[int] | None = None,
+        eps: float = 1e-2,
+        memory: float = math.inf,
+    ) -> None:
         """Start at mean 0 and deviation 1 for each of ``num_tasks`` tasks.
 
         Args:
@@ -27,9 +35,10 @@ class TaskNormalizer(nn.Module):
                 ``sqrt(max_j D_j / D_k)`` to a common expected norm: otherwise a small task's signal is lost among the
                 weights that large ones need, and its functions are learnt far more slowly. ``None``: nothing is scaled.
             eps: Added to the deviations.
+            memory: Rows of a task that older ones may weigh as much as, at most; what is older is forgotten.
         """
         super().__init__()
-        self.eps = eps
+        self.eps, self.memory = eps, memory
         scale = [1.0] * num_tasks if task_dims is None else [(max(task_dims) / d) ** 0.5 for d in task_dims]
         # Where there is a scale it is part of the state: among other tasks, what was learnt with it keeps it.
         self.register_buffer("scale", torch.tensor(scale).unsqueeze(1), persistent=task_dims is not None)
@@ -40,6 +49,14 @@ class TaskNormalizer(nn.Module):
     def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """Normalise rows. Shapes (..., D) and (...,) -> (..., D)."""
         return (x - self.mean[task]) / ((self.var.sqrt() + self.eps) / self.scale)[task]
+
+    def deviation(self) -> torch.Tensor:
+        """Deviations of each task, (K, D)."""
+        return self.var.sqrt() + self.eps
+
+    def invert(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Rows whose normalised values are given. Shapes (..., D) and (...,) -> (..., D)."""
+        return self.mean[task] + x * (self.deviation() / self.scale)[task]
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, task: torch.Tensor) -> None:
@@ -54,15 +71,21 @@ class TaskNormalizer(nn.Module):
             delta = mean - self.mean[k]
             self.mean[k] += rate * delta
             self.var[k] += rate * (var - self.var[k] + delta * (mean - self.mean[k]))
-            self.count[k] = total
+            self.count[k] = total.clamp(max=self.memory)
 
 
 class RewardStatistics(nn.Module):
     """Per-task reward scale, reward of a fall, and how often falls happen."""
 
-    def __init__(self, num_tasks: int) -> None:
-        """Start at scale 1, terminal reward 0, termination rate 0."""
+    def __init__(self, num_tasks: int, memory: float = math.inf) -> None:
+        """Start at scale 1, terminal reward 0, termination rate 0.
+
+        Args:
+            num_tasks: Tasks K.
+            memory: Rewards of a task that older ones may weigh as much as, at most; what is older is forgotten.
+        """
         super().__init__()
+        self.memory = memory
         self.register_buffer("square", torch.ones(num_tasks))
         self.register_buffer("terminal", torch.zeros(num_tasks))
         self.register_buffer("rate", torch.zeros(num_tasks))
@@ -72,10 +95,6 @@ class RewardStatistics(nn.Module):
     def scale(self, task: torch.Tensor) -> torch.Tensor:
         """Root mean square of the per-step reward of surviving steps, reward units, shape of ``task``."""
         return self.square[task].sqrt().clamp_min(1e-6)
-
-    def termination_logit(self, task: torch.Tensor) -> torch.Tensor:
-        """Log-odds of the termination base rate, bounded to rates in [0.005, 0.5]; shape of ``task``."""
-        return torch.logit(self.rate[task].clamp(0.005, 0.5))
 
     @torch.no_grad()
     def update(self, reward: torch.Tensor, terminated: torch.Tensor, task: torch.Tensor) -> None:
@@ -97,5 +116,6 @@ class RewardStatistics(nn.Module):
                 / (self.falls[k] + n_fallen).clamp_min(1)
                 * (fall_reward / n_fallen.clamp_min(1) - self.terminal[k])
             )
-            self.count[k] += n
-            self.falls[k] += n_fallen
+            kept = (self.memory / (self.count[k] + n).clamp_min(1)).clamp(max=1.0)
+            self.count[k] = (self.count[k] + n) * kept
+            self.falls[k] = (self.falls[k] + n_fallen) * kept

@@ -21,9 +21,14 @@ from m3po.errors import UserError
 from m3po.models.normalizers import TaskNormalizer
 
 
+def new_embedding(num_tasks: int, dim: int) -> nn.Parameter:
+    """Table of task embeddings (K, E), random directions of norm about 1."""
+    return nn.Parameter(torch.randn(num_tasks, dim) / dim**0.5)
+
+
 def embed(table: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-    """Rows of a table of task embeddings (K, E), scaled down to norm 1 at most. Shape (...,) -> (..., E)."""
-    return (table / table.norm(dim=-1, keepdim=True).clamp_min(1.0))[task]
+    """Rows of a table of task embeddings (K, E), scaled to norm 1. Shape (...,) -> (..., E)."""
+    return nn.functional.normalize(table, dim=-1)[task]
 
 
 def task_of(obs: TensorDict) -> torch.Tensor:
@@ -153,7 +158,7 @@ class TaskMLPModel(MLPModel):
         super().__init__(obs, obs_groups, obs_set, output_dim, **mlp_cfg)
         num_tasks = len(action_mask)
         self.obs_normalizer = TaskNormalizer(num_tasks, self.obs_dim, task_dims)
-        self.task_embedding = nn.Parameter(torch.empty(num_tasks, embedding_dim).uniform_(-0.02, 0.02))
+        self.task_embedding = new_embedding(num_tasks, embedding_dim)
         if distribution_cfg is not None:
             cls, cfg = resolve_class(dict(distribution_cfg))
             if cls is not GaussianDistribution:

@@ -1,7 +1,10 @@
-"""Implicit latent world model (no reconstruction), after TD-MPC2 (arXiv 2310.16828) with terminations.
+"""Implicit world model (no decoder): latent dynamics, reward and continuation of one step, in one trunk.
 
-Rewards and values are predicted in units of the task's own reward scale; the methods that return numbers rather than
-logits state their unit.
+The latent is ``z = (x, y)``. ``x`` is the observation itself, which the encoder copies (the anchor); ``y`` are SimNorm
+features of it (arXiv 2310.16828, section 3.1). The whole latent is trained to predict itself one step ahead. Without
+the anchor the latent is ``y`` alone, and value and policy are heads on it.
+
+All targets are in units of what a step changes, so that no task and no dimension sets the weights of another.
 """
 
 from __future__ import annotations
@@ -10,145 +13,201 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from m3po.config import MODEL_SIZES, WorldModelCfg
-from m3po.models.layers import LATENT_FLOOR, SimNorm, head, trunk
+from m3po.config import WorldModelCfg
+from m3po.models.layers import SimNorm, head, trunk
 from m3po.models.normalizers import RewardStatistics, TaskNormalizer
-from m3po.models.task_policy import embed
-from m3po.models.two_hot import TwoHot
+from m3po.models.task_policy import embed, new_embedding
+
+OUTLIER = 5.0
+"""Targets are cut off at this many units: contacts, and angles that wrap around, must not set the weights."""
+
+INPUT_BOUND = 10.0
+"""Bound of the normalised observation at the network's input, deviations."""
+
+SIMPLEX = 8
+"""Dimensions of a group of features; each group lies on a simplex."""
+
+PREDICTABLE = 0.05
+"""A dimension is predicted in full from this share of explained change on, and passes through at 0."""
+
+LEAST_WEIGHT = 0.1
+"""Smallest weight in the loss of a dimension that is not predicted, relative to one that is."""
+
+EXPLAINED_RATE = 0.2
+"""Weight of a rollout in the running share of explained change."""
 
 
 class WorldModel(nn.Module):
-    """Encoder ``h``, dynamics ``d``, reward ``R``, continuation ``c``, value ``V`` and latent prior ``pi_z``."""
+    """Encoder ``h``, dynamics ``d``, reward ``R`` and continuation ``c``; without the anchor also ``V`` and ``pi``."""
 
     def __init__(
         self, obs_dim: int, action_dim: int, num_tasks: int, cfg: WorldModelCfg, task_dims: list[int] | None = None
     ) -> None:
-        """Create the networks.
+        """Create the networks, which predict "no change" at first.
 
         Args:
             obs_dim: Observation dimensions O.
             action_dim: Action dimensions A.
             num_tasks: Rows of the task embedding K; a single task is one row.
-            cfg: Sizes and loss weights.
+            cfg: Sizes.
             task_dims: Observation dimensions of each task, see :class:`~m3po.models.normalizers.TaskNormalizer`.
         """
         super().__init__()
-        self.cfg = cfg
-        self.latent_dim, width, encoder_width = MODEL_SIZES[cfg.size]
-        self.residual = cfg.dynamics == "residual"
+        self.cfg, self.num_tasks = cfg, num_tasks
+        self.anchor_dim = obs_dim if cfg.anchor else 0
+        """Dimensions X of the anchor: O, or 0."""
+        memory = cfg.replay_transitions / num_tasks
+        self.obs_normalizer = TaskNormalizer(num_tasks, obs_dim, task_dims, memory=memory)
+        self.changes = TaskNormalizer(num_tasks, obs_dim, eps=1e-4, memory=memory)
+        """Statistics of what a step changes; their deviations are the units of the anchor's prediction."""
+        self.reward_normalizer = TaskNormalizer(num_tasks, 1, eps=1e-8, memory=memory)
+        """Statistics of the rewards of steps that go on, whose deviation is the unit of the reward's prediction."""
+        self.falls = RewardStatistics(num_tasks, memory=memory)
+        """What a termination earns: large and rare, it would set the reward's unit."""
+        dims = torch.tensor(task_dims or [obs_dim] * num_tasks).unsqueeze(1)
+        self.register_buffer("own_dims", (torch.arange(obs_dim) < dims).to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("explained", torch.ones(num_tasks, obs_dim))
+        """Running share of the change that is explained on unseen steps, of each task and dimension."""
+        self.register_buffer("feature_change", torch.ones(num_tasks))
+        """Mean square of what a step changes in the features, of each task: nothing is gained by making them small."""
+        self.task_embedding = new_embedding(num_tasks, cfg.task_embedding_dim)
 
-        self.obs_normalizer = TaskNormalizer(num_tasks, obs_dim, task_dims)
-        self.rewards = RewardStatistics(num_tasks)
-        self.task_embedding = nn.Parameter(torch.empty(num_tasks, cfg.task_embedding_dim).uniform_(-0.02, 0.02))
-
-        state_dim = self.latent_dim + cfg.task_embedding_dim
-        self.simnorm = SimNorm(cfg.simnorm_dim)
-        self.two_hot = TwoHot(cfg.num_bins, tuple(cfg.bin_range))
-        self.encoder = nn.Sequential(
-            trunk(obs_dim + cfg.task_embedding_dim, [encoder_width]), head(encoder_width, self.latent_dim)
+        width, state_dim = cfg.width, self.anchor_dim + cfg.features + cfg.task_embedding_dim
+        self.simnorm = SimNorm(SIMPLEX)
+        if cfg.features > 0:
+            inputs = obs_dim + cfg.task_embedding_dim
+            encoder_width = width // 4 if cfg.anchor else width
+            self.encoder = nn.Sequential(trunk(inputs, [encoder_width]), head(encoder_width, cfg.features))
+        self.transition = nn.Sequential(
+            trunk(state_dim + action_dim, [width, width]),
+            head(width, self.anchor_dim + cfg.features + 2, zero=True),
         )
-        # Dynamics, reward and continuation of a step read one trunk: a third of the planner's work, and of its memory.
-        self.transition = trunk(state_dim + action_dim, [width, width])
-        self.latent_head = head(width, self.latent_dim, zero=self.residual)
-        self.reward_head = head(width, cfg.num_bins, zero=True)
-        self.termination_head = head(width, 1, zero=True)
-        self.value_head = nn.Sequential(trunk(state_dim, [width, width]), head(width, cfg.num_bins, zero=True))
-        self.prior_head = nn.Sequential(trunk(state_dim, [width, width]), head(width, action_dim, zero=True))
+        if not cfg.anchor:
+            heads = (head(width, 1, zero=True), head(width, action_dim, zero=True))
+            self.value_head, self.policy_head = (nn.Sequential(trunk(state_dim, [width, width]), x) for x in heads)
+            self.values = TaskNormalizer(num_tasks, 1, eps=1e-8, memory=memory)
+            """Statistics of the critic's values, whose deviation is the unit of the value head."""
+
+    # -- predictions --------------------------------------------------------------------------------------------------
 
     def embed(self, task: torch.Tensor) -> torch.Tensor:
-        """Task embedding of maximum norm 1. Shape (...,) -> (..., E)."""
-        return embed(self.task_embedding, task)
+        """Task embedding of norm 1, which only the policy's losses train. Shape (...,) -> (..., E)."""
+        return embed(self.task_embedding.detach(), task)
 
     def encode(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-        """Latent ``z = h(s, e)``. Shapes (..., O) raw observations and (...,) task ids -> (..., Z)."""
-        normalized = self.obs_normalizer(obs, task)
-        return self.simnorm(self.encoder(torch.cat([normalized, self.embed(task)], dim=-1)))
+        """Latent ``z = h(s, e)``: raw observations (..., O) and task ids (...,) -> (..., Z)."""
+        parts = [obs] if self.anchor_dim else []
+        if self.cfg.features > 0:
+            parts.append(self.simnorm(self.encoder(torch.cat([self._input(obs, task), self.embed(task)], dim=-1))))
+        return torch.cat(parts, dim=-1)
 
-    def predict(
-        self, z: torch.Tensor, action: torch.Tensor, e: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def observation(self, z: torch.Tensor) -> torch.Tensor:
+        """Raw observation that an anchored latent stands for, (..., Z) -> (..., O)."""
+        return z[..., : self.anchor_dim]
+
+    def predict(self, z: torch.Tensor, action: torch.Tensor, task: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Raw predictions of one step.
 
-        The residual form adds the prediction to the latent's own logits: on a simplex ``softmax(log z) = z``, so a
-        prediction of zero is "no change". The floor keeps dimensions that are nearly off within reach of an update.
-
         Args:
-            z: Latents, shape (..., Z).
-            action: Actions, shape (..., A).
-            e: Task embeddings, shape (..., E).
+            z: Latents, (..., Z).
+            action: Actions, (..., A).
+            task: Task ids, (...,).
 
         Returns:
-            Next latent ``d(z, a)`` (..., Z), two-hot logits of the scaled reward of a surviving step (..., num_bins),
-            and raw logits of a termination (...,).
+            Change of the anchor (..., X) in units of :attr:`changes`, next features (..., Y), reward (...,) in
+            deviations of the task's rewards, and logits of a termination (...,).
         """
-        features = self.transition(torch.cat([z, action, e], dim=-1))
-        update = self.latent_head(features)
-        z_next = self.simnorm(update, base=z + LATENT_FLOOR if self.residual else None)
-        return z_next, self.reward_head(features), self.termination_head(features).squeeze(-1)
+        out = self.transition(torch.cat([self._state(z, task), action, self.embed(task)], dim=-1))
+        change, logits, reward, termination = out.split([self.anchor_dim, self.cfg.features, 1, 1], dim=-1)
+        features = self.simnorm(logits) if self.cfg.features > 0 else logits
+        return change, features, reward.squeeze(-1), termination.squeeze(-1)
 
-    def value_logits(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """Two-hot logits of the scaled value, shape (..., num_bins)."""
-        return self.value_head(torch.cat([z, e], dim=-1))
-
-    def value(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """Value ``V(z)`` in units of the task's reward scale, shape (...,)."""
-        return self.two_hot.decode(self.value_logits(z, e))
-
-    def prior(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """Mean action of the latent prior ``pi_z``, shape (..., A)."""
-        return self.prior_head(torch.cat([z, e], dim=-1))
-
-    def continuation(self, termination_logits: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-        """Probability ``c`` that the episode goes on after a step, from its raw logits, shape (...,).
-
-        A class-balanced head believes that half of all steps are falls; the base rate puts that right.
-        """
-        if self.cfg.balance_terminations:
-            termination_logits = termination_logits + self.rewards.termination_logit(task)
-        return torch.sigmoid(-termination_logits)
-
-    def step(
-        self, z: torch.Tensor, action: torch.Tensor, e: torch.Tensor, task: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One imagined step.
+    def step(self, z: torch.Tensor, action: torch.Tensor, task: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One imagined step. Dimensions of the observation that cannot be predicted stay as they are.
 
         Args:
-            z: Latents, shape (..., Z).
-            action: Actions, shape (..., A).
-            e: Task embeddings, shape (..., E).
-            task: Task ids, shape (...,).
+            z: Latents, (..., Z).
+            action: Actions, (..., A).
+            task: Task ids, (...,).
 
         Returns:
-            Next latent (..., Z); expected reward (...,) in units of the task's reward scale, the reward of a fall
-            included; probability of continuing (...,).
+            Next latents (..., Z), rewards (...,) in reward units, that of a termination included, and probabilities
+            (...,) that the episode goes on.
         """
-        z_next, reward_logits, termination_logits = self.predict(z, action, e)
-        reward = self.two_hot.decode(reward_logits)
-        alive = self.continuation(termination_logits, task)
-        if self.cfg.terminal_reward:
-            reward = reward + (1.0 - alive) * self.rewards.terminal[task] / self.rewards.scale(task)
-        return z_next, reward, alive
+        change, features, reward, logits = self.predict(z, action, task)
+        alive = torch.sigmoid(-logits)
+        reward = self.reward_normalizer.invert(reward.unsqueeze(-1), task).squeeze(-1)
+        reward = alive * reward + (1.0 - alive) * self.falls.terminal[task]
+        if not self.anchor_dim:
+            return features, reward, alive
+        predicted = self.own_dims * (self.explained / PREDICTABLE).clamp(0.0, 1.0)
+        x = self.observation(z) + change * (self.changes.deviation() * predicted)[task]
+        return torch.cat([x, features], dim=-1), reward, alive
 
-    def parameter_groups(self) -> list[dict]:
-        """Optimiser groups: the encoder learns at its own, smaller rate."""
-        encoder = list(self.encoder.parameters())
-        ids = {id(p) for p in encoder}
-        rest = [p for p in self.parameters() if id(p) not in ids]
-        lr = self.cfg.learning_rate
-        return [{"params": encoder, "lr": lr * self.cfg.encoder_lr_scale}, {"params": rest, "lr": lr}]
+    def value(self, z: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """``V(z)`` of the purely latent form, reward units: (..., Z), (...,) -> (...,)."""
+        value = self.value_head(torch.cat([z, self.embed(task)], dim=-1))
+        return self.values.invert(value, task).squeeze(-1)
+
+    def policy(self, z: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Mean action of ``pi(z)`` of the purely latent form: (..., Z), (...,) -> (..., A)."""
+        return self.policy_head(torch.cat([z, self.embed(task)], dim=-1))
+
+    def _input(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        return self.obs_normalizer(obs, task).clamp(-INPUT_BOUND, INPUT_BOUND)
+
+    def _state(self, z: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """The latent as the transition reads it: its anchor normalised."""
+        if not self.anchor_dim:
+            return z
+        return torch.cat([self._input(self.observation(z), task), z[..., self.anchor_dim :]], dim=-1)
+
+    # -- targets and their statistics ---------------------------------------------------------------------------------
+
+    def change_targets(self, obs: torch.Tensor, next_obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Change in the units of the prediction, without outliers: (..., O), (..., O), (...,) -> (..., O)."""
+        return ((next_obs - obs) / self.changes.deviation()[task]).clamp(-OUTLIER, OUTLIER)
+
+    def reward_targets(self, reward: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Reward in the units of the prediction, without outliers: (...,), (...,) -> (...,)."""
+        return self.reward_normalizer(reward.unsqueeze(-1), task).squeeze(-1).clamp(-OUTLIER, OUTLIER)
+
+    def change_loss(self, change: torch.Tensor, target: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Squared error, mean over the task's own dimensions, (...,); what cannot be predicted weighs less."""
+        weight = (self.own_dims * self.explained.clamp(LEAST_WEIGHT, 1.0))[task]
+        return ((change - target).square() * weight).sum(-1) / weight.sum(-1)
+
+    @torch.no_grad()
+    def update_statistics(
+        self,
+        obs: torch.Tensor,
+        next_obs: torch.Tensor,
+        valid: torch.Tensor,
+        reward: torch.Tensor,
+        terminated: torch.Tensor,
+        task: torch.Tensor,
+    ) -> None:
+        """Merge transitions into the statistics.
+
+        Args:
+            obs: Raw observations, (B, O).
+            next_obs: Observations before any reset, (B, O).
+            valid: Whether that is known, (B,), boolean.
+            reward: Rewards, (B,).
+            terminated: True terminations, (B,), boolean.
+            task: Task ids, (B,).
+        """
+        self.obs_normalizer.update(obs, task)
+        self.changes.update((next_obs - obs)[valid], task[valid])
+        self.reward_normalizer.update(reward[~terminated].unsqueeze(-1), task[~terminated])
+        self.falls.update(reward, terminated, task)
+
+    @torch.no_grad()
+    def update_explained(self, explained: torch.Tensor, seen: torch.Tensor) -> None:
+        """Take the explained share of the change (K, O) of a rollout in; ``seen`` (K,): tasks that it showed."""
+        self.explained.lerp_(explained.nan_to_num(0.0), EXPLAINED_RATE * seen.to(explained.dtype).unsqueeze(1))
 
 
-def balanced_bce(logits: torch.Tensor, positive: torch.Tensor, base_logit: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy in which both classes weigh one half, given the log-odds of the positive class.
-
-    Args:
-        logits: Predicted logits, any shape.
-        positive: Boolean targets, same shape.
-        base_logit: Log-odds of the positive class, broadcastable.
-
-    Returns:
-        Loss per element, same shape.
-    """
-    rate = torch.sigmoid(base_logit)
-    weight = torch.where(positive, 0.5 / rate, 0.5 / (1.0 - rate))
-    return weight * F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none")
+def termination_loss(logits: torch.Tensor, terminated: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of a termination's logits, any shape."""
+    return F.binary_cross_entropy_with_logits(logits, terminated.to(logits.dtype), reduction="none")

@@ -1,6 +1,6 @@
-"""Batched MPPI planning over the latent world model."""
+"""Planning: the imagined return, and MPPI that maximises it."""
 
-from m3po.planning.imagination import Imagination
-from m3po.planning.mppi import MPPIPlanner, Plan
+from m3po.planning.mppi import MPPIPlanner, Plan, Start
+from m3po.planning.objective import Objective
 
-__all__ = ["Imagination", "MPPIPlanner", "Plan"]
+__all__ = ["MPPIPlanner", "Objective", "Plan", "Start"]

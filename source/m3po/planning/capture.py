@@ -8,23 +8,21 @@ from typing import Any
 
 import torch
 
-from m3po.planning.imagination import Start
-
 WARM_UP = 3
 """Runs before the capture, in which kernels are compiled and buffers allocated."""
 
 
 class CapturedPlan:
-    """Replays a function of :class:`Start` on its own copy of the inputs."""
+    """Replays a function of a dataclass of tensors on its own copy of the inputs."""
 
-    def __init__(self, plan: Callable[[Start], Any], start: Start) -> None:
+    def __init__(self, plan: Callable[[Any], Any], start: Any) -> None:
         """Warm up on a stream of its own and capture.
 
         Args:
             plan: Function to capture; it allocates nothing after its first call and never waits for the host.
             start: Inputs of the shapes that all replays will have.
         """
-        self._start = Start(**{k: None if v is None else v.clone() for k, v in _fields(start).items()})
+        self._start = type(start)(**{k: None if v is None else v.clone() for k, v in _fields(start).items()})
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -35,7 +33,12 @@ class CapturedPlan:
         with torch.cuda.graph(self._graph):
             self._result = plan(self._start)
 
-    def replay(self, start: Start) -> Any:
+    def fits(self, start: Any) -> bool:
+        """Whether inputs have the shapes of the capture."""
+        here, there = _fields(start), _fields(self._start)
+        return all(value is None or value.shape == there[name].shape for name, value in here.items())
+
+    def replay(self, start: Any) -> Any:
         """Copy the inputs and replay. Returns what the captured call returned, in the same buffers."""
         for name, value in _fields(start).items():
             if value is not None:
@@ -44,5 +47,5 @@ class CapturedPlan:
         return self._result
 
 
-def _fields(start: Start) -> dict[str, torch.Tensor | None]:
+def _fields(start: Any) -> dict[str, torch.Tensor | None]:
     return {f.name: getattr(start, f.name) for f in dataclasses.fields(start)}

@@ -1,21 +1,22 @@
-"""Batched MPPI over the latent model, in coordinates whitened by the policy prior.
+"""MPPI on the imagined return (3), with the gradient's plan among its candidates.
 
-A candidate is a sequence of perturbations ``u`` with ``a_k = mu_k + sigma * u_k`` around the prior's own imagined
-trajectory. Candidate returns are z-scored per environment before the softmax, so scaling all rewards leaves the plan
-unchanged; zero iterations return the prior's mean bit for bit.
+A candidate is a sequence of perturbations ``u`` with ``a_k = pi(z_k) + sigma * u_k``. The returns of the candidates are
+z-scored per environment before the softmax, so that scaling all rewards leaves the plan unchanged.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from m3po.config import PlannerCfg
 from m3po.kernels import elites, sampling
 from m3po.planning.capture import CapturedPlan
-from m3po.planning.imagination import Layout, Start, allocate
+from m3po.planning.fused import FusedReturns, unsupported
+from m3po.planning.objective import Objective
 
 OPERATIONS = {
     "torch": (sampling.sample_candidates_torch, elites.update_distribution_torch, elites.project_torch),
@@ -23,193 +24,171 @@ OPERATIONS = {
 }
 """Sampling, update of the sampling distribution, and projection: in torch, or as Warp kernels."""
 
+MAX_NOISE = 3.0
+"""Bound of a perturbation, stds of the policy."""
+
+MIN_STD = 0.05
+"""Smallest std of the sampling distribution after an update, stds of the policy."""
+
+GRADIENT_STEPS = (0.0, 0.5, 1.0, 2.0)
+"""Lengths of the first candidates, in units of the gradient's plan; the first is the policy's mean."""
+
+CHUNK_ROWS = {"cpu": 2048, "cuda": 65536}
+"""Candidates that are imagined together: their activations stay near a core's cache, or fill a GPU (untested)."""
+
+
+@dataclass
+class Start:
+    """What n environments are planned from."""
+
+    z: torch.Tensor
+    """Latents, (n, Z)."""
+
+    mu: torch.Tensor
+    """Mean of the policy, (n, A)."""
+
+    sigma: torch.Tensor
+    """Std of the policy, (n, A)."""
+
+    shift: torch.Tensor
+    """The gradient's plan, stds of the policy, (n, A)."""
+
+    task: torch.Tensor
+    """Task ids, (n,), int64."""
+
+    env_ids: torch.Tensor
+    """Environment ids that key the noise, (n,), int64."""
+
+    step: torch.Tensor
+    """Step counter that keys the noise, (), int64."""
+
+    action_mask: torch.Tensor
+    """Valid action dimensions, (n, A), boolean; the others stay exactly 0."""
+
 
 @dataclass
 class Plan:
-    """What the planner found for n environments, A action dimensions and S candidates.
-
-    The tensors are the planner's own: they hold until its next call.
-    """
+    """What the planner found for n environments, A action dimensions and S candidates."""
 
     mean: torch.Tensor
-    """First action of the plan, shape (n, A), action units."""
-
-    projected: torch.Tensor
-    """The same on the trust region around the prior, shape (n, A), action units."""
+    """Planned first action on the trust region around the policy, (n, A)."""
 
     gain: torch.Tensor
-    """Predicted return of the plan minus the prior's, shape (n,), in deviations of the candidates' returns."""
+    """Imagined return of the plan minus the policy's, (n,), in stds of the candidates' returns."""
 
     candidates: torch.Tensor
-    """First actions of the last candidates, shape (n, S, A), action units."""
+    """First actions of the last candidates, (n, S, A)."""
 
     weights: torch.Tensor
-    """Softmax weights of the elites among them and 0 elsewhere, shape (n, S)."""
+    """Softmax weights of the elites among them and 0 elsewhere, (n, S)."""
 
     std: torch.Tensor
-    """Deviation of the final sampling distribution's first action, shape (n, A), action units."""
-
-
-class Rollout(Protocol):
-    """Predicts returns of candidates; see :class:`~m3po.planning.imagination.Imagination`."""
-
-    def refresh(self) -> None:
-        """Take over changes of the model."""
-
-    def begin(self, start: Start, samples: int) -> None:
-        """Prepare for a plan."""
-
-    def roll(
-        self,
-        u: torch.Tensor,
-        returns: torch.Tensor,
-        nominal: torch.Tensor | None = None,
-        actions: torch.Tensor | None = None,
-    ) -> None:
-        """Predict the returns of candidates."""
-
-
-def plan_layout(n: int, action_dim: int, cfg: PlannerCfg) -> Layout:
-    """Buffers of one plan of n environments."""
-    samples, horizon = cfg.num_samples, cfg.horizon
-    sequence = (n, horizon, action_dim)
-    shapes = {
-        "u": (n, 1 + samples, horizon, action_dim),
-        "returns": (n, 1 + samples),
-        "actions": (n, 1 + cfg.num_prior_samples, horizon, action_dim),
-        "prior_u": (n, cfg.num_prior_samples, horizon, action_dim),
-        "prior_returns": (n, cfg.num_prior_samples),
-        "mean": sequence,
-        "std": sequence,
-        "weights": (n, samples),
-        "spread": (n,),
-        "plan_return": (n, 1),
-        "action": (n, action_dim),
-        "projected": (n, action_dim),
-        "action_std": (n, action_dim),
-        "candidates": (n, samples, action_dim),
-        "gain": (n,),
-    }
-    return {name: (shape, torch.float32) for name, shape in shapes.items()} | {
-        "counters": ((max(1, cfg.num_iterations), 3), torch.int64)
-    }
+    """Std of the final sampling distribution's first action, (n, A)."""
 
 
 class MPPIPlanner:
-    """Model-predictive path integral control in an imagined latent space."""
+    """Model-predictive path integral control (arXiv 2310.16828, section 3.2), batched over environments."""
 
-    def __init__(self, imagination: Rollout, cfg: PlannerCfg, seed: int) -> None:
-        """Bind the planner to an imagination.
+    def __init__(self, objective: Objective, cfg: PlannerCfg, seed: int) -> None:
+        """Bind the planner to an objective.
 
         Args:
-            imagination: Predicts the returns of candidates.
-            cfg: Budget and sampling distribution.
+            objective: Imagined return.
+            cfg: Budget.
             seed: Seed of the counter-based noise.
         """
-        self.imagination, self.cfg, self.seed = imagination, cfg, seed
+        self.objective, self.cfg, self.seed = objective, cfg, seed
         self._sample, self._update, self._project = OPERATIONS[cfg.kernels]
-        self._buffers: dict[str, torch.Tensor] = {}
         self._graph: CapturedPlan | None = None
+        self._reason = unsupported(objective)
+        self._fused = FusedReturns(objective, cfg.precision) if self._reason is None else None
+
+    def refresh(self) -> None:
+        """Say that weights or statistics changed; the next plan reads them. To be called after every such change."""
+        if self._fused is not None:
+            self._fused.refresh()
 
     @torch.no_grad()
-    def plan(
-        self,
-        z: torch.Tensor,
-        mu: torch.Tensor,
-        sigma: torch.Tensor,
-        task: torch.Tensor,
-        env_ids: torch.Tensor,
-        step: int,
-        action_mask: torch.Tensor | None = None,
-    ) -> Plan:
-        """Plan for a batch of environments.
-
-        Args:
-            z: Latents, shape (n, Z).
-            mu: Mean action of the policy prior, shape (n, A).
-            sigma: Deviation of the policy prior, shape (n, A).
-            task: Task ids, shape (n,).
-            env_ids: Environment ids that key the noise, shape (n,).
-            step: Step counter that keys the noise.
-            action_mask: Valid action dimensions, shape (n, A), boolean; masked ones stay exactly 0.
-
-        Returns:
-            The plan, in buffers that the next call overwrites.
-        """
-        if action_mask is not None:
-            mu, sigma = mu * action_mask, sigma * action_mask
-        if self.cfg.num_iterations == 0:
-            n = mu.shape[0]
-            weights = torch.ones(n, 1, device=mu.device)
-            return Plan(mu, mu, torch.zeros(n, device=mu.device), mu.unsqueeze(1), weights, sigma)
-        self._allocate(*mu.shape, mu.device)
-        self._buffers["counters"][:, 1].fill_(step)
-        self.imagination.refresh()
-        start = Start(z, mu, sigma, task, env_ids, action_mask)
+    def plan(self, start: Start) -> Plan:
+        """Plan for a batch of environments. Zero iterations return the gradient's plan."""
+        if self._fused is None:
+            _tell(self._reason)
+        else:
+            self._fused.pack()
         if not self.cfg.cuda_graph:
             return self._plan(start)
-        if self._graph is None:
+        if self._graph is None or not self._graph.fits(start):
             self._graph = CapturedPlan(self._plan, start)
         return self._graph.replay(start)
 
     def _plan(self, start: Start) -> Plan:
         """All iterations; everything that changes between calls is read from device memory."""
-        cfg, b = self.cfg, self._buffers
-        u, returns, mean, std = b["u"], b["returns"], b["mean"], b["std"]
-        mu, sigma = start.mu, start.sigma
-        # The unperturbed prior goes along as candidate 0: its actions are what the others perturb.
-        candidates, candidate_returns = u[:, 1:], returns[:, 1:]
-        prior_u, nominal = u[:, 1 : 1 + cfg.num_prior_samples], b["actions"][:, 0]
-        self.imagination.begin(start, 1 + cfg.num_samples)
-        mean.zero_()
-        std.fill_(1.0)
+        cfg, mu, sigma = self.cfg, start.mu * start.action_mask, start.sigma * start.action_mask
+        start = dataclasses.replace(start, mu=mu, sigma=sigma)
+        n, dims = mu.shape
+        device = mu.device
+        u = torch.zeros(n, cfg.num_samples, cfg.horizon, dims, device=device)
+        returns = torch.zeros(n, cfg.num_samples, device=device)
+        own = len(GRADIENT_STEPS)
+        known = own + cfg.num_policy_samples
+        mean, std = torch.zeros(n, cfg.horizon, dims, device=device), torch.ones(n, cfg.horizon, dims, device=device)
+        weights, spread = torch.zeros_like(returns), torch.ones(n, device=device)
         for iteration in range(cfg.num_iterations):
-            self._sample(
-                candidates, mean, std, b["counters"][iteration], start.env_ids, start.action_mask, cfg.max_noise
-            )
+            counters = torch.stack((_int(self.seed, device), start.step, _int(iteration, device)))
             if iteration == 0:
-                u[:, 0].zero_()
-                self.imagination.roll(u, returns, actions=b["actions"])
-                torch.sub(b["actions"][:, 1:], nominal.unsqueeze(1), out=prior_u)
-                prior_u.div_(torch.clamp(sigma, min=1e-6, out=b["action_std"])[:, None, None])
-                prior_u.clamp_(-cfg.max_noise, cfg.max_noise)
-                b["prior_u"].copy_(prior_u)
-                b["prior_returns"].copy_(candidate_returns[:, : cfg.num_prior_samples])
-            else:
-                # The prior's own trajectories compete again, without being evaluated again.
-                prior_u.copy_(b["prior_u"])
-                fresh = slice(1 + cfg.num_prior_samples, None)
-                self.imagination.roll(u[:, fresh], returns[:, fresh], nominal)
-                candidate_returns[:, : cfg.num_prior_samples] = b["prior_returns"]
-            self._update(
-                mean,
-                std,
-                b["weights"],
-                b["spread"],
-                candidates,
-                candidate_returns,
-                cfg.num_elites,
-                cfg.temperature,
-                cfg.min_std,
-            )
+                # The policy's own trajectories are drawn around it, all others around the gradient's plan.
+                self._draw(u[:, own:], mean, std, counters, start)
+                u[:, known:, 0] += start.shift.unsqueeze(1)
+                u.clamp_(-MAX_NOISE, MAX_NOISE)
+                for s, length in enumerate(GRADIENT_STEPS):  # a graph cannot copy a table from the host
+                    u[:, s, 0] = length * start.shift
+                returns = self.evaluate(start, u)
+            else:  # what is known already competes again, without being evaluated again
+                self._draw(u[:, known:], mean, std, counters, start)
+                returns[:, known:] = self.evaluate(start, u[:, known:])
+            update = (cfg.num_elites, cfg.temperature, MIN_STD)
+            self._update(mean, std, weights, spread, u, returns, *update)
+        plan = torch.empty_like(mu)
+        if cfg.num_iterations == 0:
+            self._project(plan, mu, sigma, start.shift, cfg.max_acting_kl)
+            return Plan(plan, torch.ones_like(spread), plan.unsqueeze(1), torch.ones(n, 1, device=device), sigma)
+        self._project(plan, mu, sigma, mean[:, 0].contiguous(), cfg.max_acting_kl)
+        mean[:, 0] = (plan - mu) / sigma.clamp_min(1e-6)
+        value = self.evaluate(start, mean.unsqueeze(1))[:, 0]
+        # The gradient's plan is executed where the model ranks the elites' mean below it.
+        index = GRADIENT_STEPS.index(1.0)
+        better = value >= returns[:, index]
+        plan = torch.where(better.unsqueeze(1), plan, mu + sigma * u[:, index, 0])
+        gain = (torch.maximum(value, returns[:, index]) - returns[:, 0]) / spread
+        return Plan(plan, gain, mu.unsqueeze(1) + sigma.unsqueeze(1) * u[:, :, 0], weights, sigma * std[:, 0])
 
-        self.imagination.roll(mean.unsqueeze(1), b["plan_return"], nominal)
-        self._project(b["projected"], mu, sigma, mean[:, 0], cfg.max_kl)
-        return Plan(
-            mean=torch.addcmul(mu, sigma, mean[:, 0], out=b["action"]),
-            projected=b["projected"],
-            gain=torch.sub(b["plan_return"][:, 0], returns[:, 0], out=b["gain"]).div_(b["spread"]),
-            candidates=torch.addcmul(mu.unsqueeze(1), sigma.unsqueeze(1), candidates[:, :, 0], out=b["candidates"]),
-            weights=b["weights"],
-            std=torch.mul(sigma, std[:, 0], out=b["action_std"]),
-        )
+    def _draw(
+        self, out: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, counters: torch.Tensor, start: Start
+    ) -> None:
+        if out.shape[1] > 0:
+            self._sample(out, mean, std, counters, start.env_ids, start.action_mask, MAX_NOISE)
 
-    def _allocate(self, n: int, action_dim: int, device: torch.device) -> None:
-        """Make the buffers for n environments, once."""
-        if self._buffers and self._buffers["spread"].shape[0] == n:
-            return
-        self._graph = None
-        self._buffers = allocate(plan_layout(n, action_dim, self.cfg), device)
-        counters = self._buffers["counters"]
-        counters[:, 0] = self.seed
-        counters[:, 2] = torch.arange(counters.shape[0], device=device)
+    def evaluate(self, start: Start, u: torch.Tensor) -> torch.Tensor:
+        """Imagined returns of candidates (n, S, H, A), (n, S), in chunks of rows that stay in the cache."""
+        n, samples = u.shape[:2]
+        size = max(1, CHUNK_ROWS[u.device.type] // samples)
+        parts = [self._evaluate(start, u, slice(i, min(n, i + size))) for i in range(0, n, size)]
+        return torch.cat(parts).to(start.mu.dtype)
+
+    def _evaluate(self, start: Start, u: torch.Tensor, rows: slice) -> torch.Tensor:
+        z, mu, task, samples = start.z[rows], start.mu[rows], start.task[rows], u.shape[1]
+        noise = u[rows] * start.sigma[rows, None, None]
+        if self._fused is not None:
+            return self._fused(z, mu, noise, task)
+        z, mu, task, noise = (*(x.repeat_interleave(samples, 0) for x in (z, mu, task)), noise.flatten(0, 1))
+        with torch.autocast(u.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16"):
+            return self.objective.returns(z, mu + noise[:, 0], task, noise).view(-1, samples)
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    print(f"[m3po] planner: {reason}, so candidates are imagined by the general form, which is slower", flush=True)
+
+
+def _int(value: int, device: torch.device) -> torch.Tensor:
+    return torch.full((), value, dtype=torch.int64, device=device)

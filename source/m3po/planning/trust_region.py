@@ -31,5 +31,7 @@ def draw_elite(plan: Plan, generator: torch.Generator) -> tuple[torch.Tensor, to
     centre = plan.candidates.gather(1, index.unsqueeze(-1).expand(-1, -1, plan.candidates.shape[-1])).squeeze(1)
     noise = torch.randn(centre.shape, generator=generator, device=centre.device)
     action = centre + plan.std * noise
-    components = gaussian_log_prob(action.unsqueeze(1), plan.candidates, plan.std.unsqueeze(1))
+    # Dimensions that a task lacks have std 0; as in the policy's own density, they count as 0 with std 1.
+    std = torch.where(plan.std > 0.0, plan.std, 1.0)
+    components = gaussian_log_prob(action.unsqueeze(1), plan.candidates, std.unsqueeze(1))
     return action, torch.logsumexp(plan.weights.log() + components, dim=1)

@@ -15,18 +15,8 @@ import torch
 from m3po.algorithms import policy_average
 from m3po.errors import CheckpointError
 
-FORMAT = 3
-"""Version of the checkpoint's layout, stored under ``ckpt["m3po"]["format"]``.
-
-1 had no ``resume``, and single values in ``m3po_state`` where several tasks have lists; it is read as it is. In 1 and 2
-the networks of several tasks had no output layer of each task's own, and did not scale observations to a common norm.
-"""
-
-READABLE = (1, 2, 3)
-"""Versions that this one reads; networks that are told the task only from :data:`TASK_HEADS_SINCE` on."""
-
-TASK_HEADS_SINCE = 3
-"""Version from which each task has an output layer of its own."""
+FORMAT = 4
+"""Version of the checkpoint's layout, stored under ``ckpt["m3po"]["format"]``; no other one is read."""
 
 LAST, BEST = "model_last.pt", "model_best.pt"
 """The newest checkpoint of a run, which alone holds what an exact continuation needs, and the best evaluated one."""
@@ -145,15 +135,13 @@ def check_compatible(
     found = content.get("m3po")
     if found is None:
         raise CheckpointError(f"'{path}' carries no M3PO description; it was not written by M3PO's runner.")
-    if found["format"] not in READABLE:
-        known = ", ".join(map(str, READABLE))
-        raise CheckpointError(f"'{path}' has format {found['format']}; this version reads the formats {known}.")
-    if "tasks" in found and found["format"] < TASK_HEADS_SINCE:
+    if found["format"] < FORMAT:
         raise CheckpointError(
-            f"'{path}' has format {found['format']}: its networks tell tasks apart in another way (since format "
-            f"{TASK_HEADS_SINCE} each task has an output layer of its own, and observations have a common norm), and "
-            "would act differently here. Play it with the version that wrote it, or train again."
+            f"'{path}' has format {found['format']}: it was written by an earlier version, whose networks were "
+            "different. Play it with that version, or train again."
         )
+    if found["format"] > FORMAT:
+        raise CheckpointError(f"'{path}' has format {found['format']}; this version reads format {FORMAT}.")
     if tasks is not None or (task is not None and "tasks" in found):
         _check_tasks(path, found, tasks or [task], multi_task=tasks is not None)
     expected = {"task": task, "algorithm": algorithm, "obs_dims": obs_dims, "num_actions": num_actions}

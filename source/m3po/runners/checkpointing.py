@@ -41,12 +41,11 @@ class CheckpointingRunner(OnPolicyRunner):
     def description(self) -> dict[str, Any]:
         """What a checkpoint says about itself."""
         obs = self.env.get_observations()
-        looks_ahead = isinstance(self.alg, M3PO) and (self.alg.learns_model or self.alg.value_gradient is not None)
         return {
             "format": FORMAT,
             "task": self.cfg.get("task"),
             **describe_tasks(self.env),
-            "algorithm": self._algo or ("m3po" if looks_ahead else "ppo"),
+            "algorithm": self._algo or ("m3po" if isinstance(self.alg, M3PO) else "ppo"),
             "obs_dims": {group: value.shape[-1] for group, value in obs.items()},
             "num_actions": self.env.num_actions,
             "agent": self._agent,
@@ -58,8 +57,8 @@ class CheckpointingRunner(OnPolicyRunner):
         Args:
             path: File.
             infos: Kept with it.
-            resumable: Include what :meth:`resume` needs to go on exactly: the ring, which is large, random numbers,
-                statistics, and the environments where these tell their state.
+            resumable: Include what :meth:`resume` needs to go on exactly: the replay buffer, which is large, random
+                numbers, statistics, and the environments where these tell their state.
 
         Raises:
             CheckpointError: If it cannot be written.
@@ -146,7 +145,7 @@ class CheckpointingRunner(OnPolicyRunner):
         if not self._episodes_run:
             print("[m3po] these environments do not tell their whole state; new episodes begin.", flush=True)
             if state["algorithm"] is not None:
-                self.alg.ring.interrupt()
+                self.alg.replay.interrupt()
         self.statistics.load_state_dict(state["statistics"], running=self._episodes_run)
         restore_random_state(state["random"])  # last, because to build anything draws from them
 

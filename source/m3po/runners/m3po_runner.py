@@ -16,7 +16,16 @@ from tensordict import TensorDict
 from m3po import distributed
 from m3po.algorithms import M3PO
 from m3po.errors import CheckpointError, M3POError
-from m3po.runners.checkpoint import BEST, LAST, check_shapes, network_states, read_checkpoint, write_checkpoint
+from m3po.models.task_policy import TaskMLPModel, embed
+from m3po.runners.checkpoint import (
+    BEST,
+    LAST,
+    check_compatible,
+    check_shapes,
+    network_states,
+    read_checkpoint,
+    write_checkpoint,
+)
 from m3po.runners.checkpointing import CheckpointingRunner
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
@@ -277,10 +286,10 @@ class M3PORunner(CheckpointingRunner):
 
     def _report_embedding(self) -> None:
         """Print the nearest tasks of each task after training, and write the report on their embeddings."""
-        names = getattr(self.env, "task_names", ())
-        if self.log_dir is None or len(names) < 2 or not isinstance(self.alg, M3PO):
+        names, policy = getattr(self.env, "task_names", ()), self.alg.get_policy()
+        if self.log_dir is None or len(names) < 2 or not isinstance(policy, TaskMLPModel):
             return
-        embedding = self.alg.model.embed(torch.arange(len(names), device=self.device))
+        embedding = embed(policy.task_embedding, torch.arange(len(names), device=self.device))
         print(nearest_table(names, embedding), flush=True)
         for path in write_embedding_report(self.log_dir, names, embedding):
             print(f"[m3po] task embeddings: {path}", flush=True)
@@ -320,10 +329,11 @@ class M3PORunner(CheckpointingRunner):
             UserError: If the tasks or the networks do not fit; nothing is loaded then.
         """
         fresh, here = self.alg.save(), described_tasks(describe_tasks(self.env))
-        fitted = transferred(path, read_checkpoint(path, "cpu"), fresh, here, init_from)
+        content = read_checkpoint(path, "cpu")
+        check_compatible(path, content, algorithm=self.description()["algorithm"])
+        fitted = transferred(path, content, fresh, here, init_from)
         check_shapes(fitted, fresh)
         self.alg.load(fitted, {"actor": True, "critic": True}, strict=True)
-        self.alg.behaviour.restore(**fitted["planner"])
 
     def inference_policy(self, kind: str = "prior") -> Callable[[TensorDict], torch.Tensor]:
         """A noise-free policy, ``prior`` or ``planner``; PPO has only the former."""

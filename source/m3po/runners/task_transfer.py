@@ -1,9 +1,10 @@
 """An agent of some tasks becomes an agent of others: what both know is kept, by name, and the rest starts afresh.
 
-Everything that is kept per task (embedding, output layer, statistics, deviation of the actions, the planner's gate)
+Everything that is kept per task (embedding, output layer, statistics, std of the actions, gates)
 goes with its task. The networks are shared by all tasks and stay as they are; where the largest task has another size,
 the layers at the observations and actions are cut, or extended by zeros: what nobody has seen yet has no influence yet.
-Optimisers, counters and the model's memory start afresh.
+Optimisers, counters and the model's memory start afresh. The networks of rsl_rl's PPO for several tasks are policy and
+critic alone; what is said of the model and the planner is M3PO's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rsl_rl.algorithms import PPO
 from rsl_rl.env import VecEnv
 
 from m3po.algorithms import M3PO
@@ -129,18 +131,23 @@ def _same_actions(old: TaskSizes, new: TaskSizes) -> bool:
 _LAYOUTS = (
     (r"(actor|critic|world_model)\.task_embedding", ("task", "same")),
     (r"(actor|critic|world_model)\.obs_normalizer\.(mean|var)", ("task if same obs", "obs")),
+    (r"world_model\.(changes\.(mean|var)|explained)", ("task if same obs", "obs")),
     (r"(actor|critic|world_model)\.obs_normalizer\.scale", ("task if same obs", "same")),
-    (r"(actor|critic|world_model)\.obs_normalizer\.count", ("task if same obs",)),
+    (r"(actor|critic|world_model)\.(obs_normalizer|changes)\.count", ("task if same obs",)),
     (r"actor\.distribution\.(log_)?std_param", ("task if same actions", "actions")),
-    (r"(world_model\.rewards|reward_units)\.\w+|planner\.on", ("same task",)),
-    (r"(actor|critic)\.mlp\.first\.weight|world_model\.encoder\.0\.0\.0\.weight", ("same", "obs, embedding")),
-    (r"world_model\.transition\.0\.0\.weight", ("same", "actions, embedding")),
+    (r"world_model\.(reward_normalizer|values)\.(mean|var)", ("same task", "same")),
+    (r"world_model\.feature_change", ("task",)),
+    (r"(gates|reward_units|world_model\.(falls|reward_normalizer|values))\.\w+", ("same task",)),
+    (r"(actor|critic)\.mlp\.first\.weight|world_model\.encoder\.0\.0\.weight", ("same", "obs, embedding")),
+    (r"world_model\.transition\.0\.0\.weight", ("same", "latent, actions, embedding")),
+    (r"world_model\.transition\.1\.weight", ("outputs", "same")),
+    (r"world_model\.transition\.1\.bias", ("outputs",)),
     (r"actor\.task_head\.weight", ("task if same actions", "actions", "same")),
     (r"actor\.task_head\.bias", ("task if same actions", "actions")),
     (r"critic\.task_head\.weight", ("task", "same", "same")),
     (r"critic\.task_head\.bias", ("task", "same")),
-    (r"(actor\.mlp\.last|world_model\.prior_head\.1)\.weight", ("actions", "same")),
-    (r"(actor\.mlp\.last|world_model\.prior_head\.1)\.bias", ("actions",)),
+    (r"(actor\.mlp\.last|world_model\.policy_head\.1)\.weight", ("actions", "same")),
+    (r"(actor\.mlp\.last|world_model\.policy_head\.1)\.bias", ("actions",)),
 )
 """Tensors that depend on the set of tasks -> what their axes stand for; see :func:`_axes`."""
 
@@ -179,25 +186,20 @@ def transferred(
         init_from: New tasks that start as tasks of the checkpoint.
 
     Returns:
-        State dicts as in ``fresh``, on the CPU, and under ``planner`` the state of the behaviour. Tensors that do not
-        fit, because the networks themselves have other sizes, are the checkpoint's.
+        State dicts as in ``fresh``, on the CPU. Tensors that do not fit, because the networks themselves have other
+        sizes, are the checkpoint's.
 
     Raises:
         UserError: If the tasks do not match, see :func:`match_tasks` and :func:`checkpoint_tasks`.
     """
     there = checkpoint_tasks(path, content)
-    embedding_dim = fresh["world_model_state_dict"]["task_embedding"].shape[1]
-    axes = _axes(there, here, match_tasks(there, here, init_from), embedding_dim)
+    axes = _axes(there, here, match_tasks(there, here, init_from), fresh)
     result: dict[str, Any] = {}
     for network, state in network_states(fresh):
         old, layouts = content.get(network, {}), _layouts(network, state)
         result[network] = {
             name: _fit(old[name], state[name].cpu(), layouts[name], axes) for name in state if name in old
         }
-    start = fresh["m3po_state"]
-    gates = (torch.tensor(state["planner_on"]) for state in (content["m3po_state"], start))
-    on = _fit(*gates, _layout("planner.on"), axes)
-    result["planner"] = {"first_planned": start["first_planned"], "planner_on": on.tolist()}
     return result
 
 
@@ -219,7 +221,7 @@ def _layout(label: str) -> tuple[str, ...] | None:
 
 
 def _axes(
-    there: Sequence[TaskSizes], here: Sequence[TaskSizes], source: dict[str, str], embedding_dim: int
+    there: Sequence[TaskSizes], here: Sequence[TaskSizes], source: dict[str, str], fresh: dict[str, Any]
 ) -> dict[str, Callable[[int], _Axis]]:
     """For each meaning of an axis, from its entries in the checkpoint to where they go.
 
@@ -227,7 +229,7 @@ def _axes(
         there: Tasks of the checkpoint.
         here: Tasks to be trained.
         source: Names of tasks here -> of tasks there.
-        embedding_dim: Dimensions of the task embedding.
+        fresh: What the new algorithm saves, for the sizes that do not depend on the tasks; PPO has no world model.
     """
     index = {task.name: k for k, task in enumerate(there)}
 
@@ -240,27 +242,49 @@ def _axes(
         axis = _Axis([old for old, _ in pairs], [new for _, new in pairs], len(here))
         return lambda _: axis
 
-    obs = [max(task.obs_dim for task in tasks) for tasks in (there, here)]
-    actions = [max(task.action_dim for task in tasks) for tasks in (there, here)]
+    obs = tuple(max(task.obs_dim for task in tasks) for tasks in (there, here))
+    actions = tuple(max(task.action_dim for task in tasks) for tasks in (there, here))
+    # What stays as it is has the same size on both sides; without the anchor there are no observations in a latent.
+    model = fresh.get("world_model_state_dict", {})
+    dims = fresh["actor_state_dict"]["task_embedding"].shape[1]
+    embedding, features = ((size, size) for size in (dims, _features(model)))
+    anchored = bool(model) and len(model["transition.1.bias"]) == obs[1] + features[1] + 2
+    latent = (obs, features) if anchored else (features,)
     return {
         "task": rows(lambda old, new: True),
         "task if same obs": rows(_same_obs),
         "task if same actions": rows(_same_actions),
         "same task": rows(lambda old, new: False),
-        "obs": partial(_columns, *obs, 0),
-        "obs, embedding": partial(_columns, *obs, embedding_dim),
-        "actions": partial(_columns, *actions, 0),
-        "actions, embedding": partial(_columns, *actions, embedding_dim),
-        "same": partial(_columns, 0, 0, 0),
+        "obs": partial(_columns, (obs,)),
+        "obs, embedding": partial(_columns, (obs, embedding)),
+        "actions": partial(_columns, (actions,)),
+        "latent, actions, embedding": partial(_columns, (*latent, actions, embedding)),
+        "outputs": partial(_columns, (*latent, (2, 2))),  # reward and termination follow the latent
+        "same": lambda size: _columns(((size, size),), size),
     }
 
 
-def _columns(there: int, here: int, after: int, size: int) -> _Axis:
-    """An axis of ``size`` entries, of which ``there`` become ``here``; ``after`` entries follow, the others precede."""
-    start = size - after - there
-    shared = start + min(there, here)
-    end = size - there + here
-    return _Axis([*range(shared), *range(start + there, size)], [*range(shared), *range(start + here, end)], end)
+def _features(model: dict[str, torch.Tensor]) -> int:
+    """Learnt dimensions of a world model's latent."""
+    return len(model["encoder.1.bias"]) if "encoder.1.bias" in model else 0
+
+
+def _columns(blocks: Sequence[tuple[int, int]], size: int) -> _Axis:
+    """An axis of blocks one after another, each cut or extended at its end; one that fits nothing for another size.
+
+    Args:
+        blocks: Entries of each block in the checkpoint and here.
+        size: Entries of the axis in the checkpoint.
+    """
+    if sum(there for there, _ in blocks) != size:
+        return _Axis([], [], -1)
+    source, target, first, end = [], [], 0, 0
+    for there, here in blocks:
+        shared = min(there, here)
+        source += range(first, first + shared)
+        target += range(end, end + shared)
+        first, end = first + there, end + here
+    return _Axis(source, target, end)
 
 
 def _fit(
@@ -285,12 +309,13 @@ def _fit(
 # -- what is trained --------------------------------------------------------------------------------------------------
 
 
-def train_embedding_only(algorithm: M3PO) -> None:
+def train_embedding_only(algorithm: M3PO | PPO) -> None:
     """Freeze the networks: only the task embeddings and the deviations of the actions are trained then.
 
     Statistics, which are not trained, go on.
     """
-    for network in (algorithm.actor, algorithm.critic, algorithm.model):
+    model = [algorithm.model] if isinstance(algorithm, M3PO) else []
+    for network in (algorithm.actor, algorithm.critic, *model):
         for name, parameter in network.named_parameters():
             if name not in ("task_embedding", "distribution.std_param", "distribution.log_std_param"):
                 parameter.requires_grad_(False)

@@ -1,6 +1,6 @@
-"""Rollout storage and the world model's ring of recent rollouts."""
+"""Rollout storage and the replay buffer of recent rollouts."""
 
-from m3po.storage.ring import RolloutRing, Sequences
+from m3po.storage.replay import ReplayBuffer, Sequences
 from m3po.storage.rollout import RolloutStorage
 
-__all__ = ["RolloutRing", "RolloutStorage", "Sequences"]
+__all__ = ["ReplayBuffer", "RolloutStorage", "Sequences"]

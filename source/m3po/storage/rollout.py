@@ -9,12 +9,7 @@ from tensordict import TensorDict
 
 
 class RolloutStorage:
-    """T steps of N environments with true terminations, time-outs, final observations and behaviour densities.
-
-    ``next_obs[t]`` is the observation that step ``t`` led to before any reset, for the observation groups that need it;
-    ``next_obs_valid[t]`` is False where an episode ended and the environment did not deliver it. ``lost[t]`` marks
-    steps that never took place, because an environment had to be restarted: nothing is learnt from them.
-    """
+    """T steps of N environments with true terminations, time-outs, final observations and behaviour densities."""
 
     def __init__(
         self,
@@ -34,25 +29,63 @@ class RolloutStorage:
             device: Torch device.
         """
         self.num_steps, self.num_envs, self.device = num_steps, obs.batch_size[0], device
-        shape = (num_steps, self.num_envs)
+        self._shape = (num_steps, self.num_envs)
 
-        def allocate(groups: TensorDict) -> TensorDict:
-            buffers = {k: torch.zeros(num_steps, *v.shape, dtype=v.dtype, device=device) for k, v in groups.items()}
-            return TensorDict(buffers, batch_size=shape, device=device)
-
-        self.obs = allocate(obs)
-        self.next_obs = allocate(obs.select(*next_obs_groups))
-        self.next_obs_valid = torch.ones(shape, dtype=torch.bool, device=device)
-        self.task = torch.zeros(shape, dtype=torch.long, device=device)
-        for name in ("actions", "mean", "std", "plan_mean"):
-            setattr(self, name, torch.zeros(*shape, num_actions, device=device))
-        scalars = ("rewards", "values", "next_values", "log_pi", "log_beta", "plan_gain", "returns", "advantages")
-        for name in scalars:
-            setattr(self, name, torch.zeros(shape, device=device))
-        for name in ("terminated", "dones", "planned", "lost"):
-            setattr(self, name, torch.zeros(shape, dtype=torch.bool, device=device))
+        self.obs = self._groups(obs)
+        """Observations, batch size (T, N)."""
+        self.next_obs = self._groups(obs.select(*next_obs_groups))
+        """Observations that a step led to before any reset, batch size (T, N), some groups alone."""
+        self.next_obs_valid = self._flags().fill_(True)
+        """Whether these are known, (T, N): not where an episode ended and the environment did not deliver them."""
+        self.task = torch.zeros(self._shape, dtype=torch.long, device=device)
+        """Task ids, (T, N)."""
+        self.actions = self._vectors(num_actions)
+        """Executed actions, (T, N, A)."""
+        self.mean = self._vectors(num_actions)
+        """Mean of the policy, (T, N, A)."""
+        self.std = self._vectors(num_actions)
+        """Std of the policy, (T, N, A)."""
+        self.plan_mean = self._vectors(num_actions)
+        """Mean of the behaviour, (T, N, A); the policy's where nothing was planned."""
+        self.planned = self._flags()
+        """Whether a plan was acted on, (T, N)."""
+        self.plan_gain = self._scalars()
+        """Predicted gain of the plan over the policy, (T, N), in stds of the candidates' returns."""
+        self.log_pi = self._scalars()
+        """Log-probability of the action under the policy, (T, N)."""
+        self.log_beta = self._scalars()
+        """Log-probability of the action under the behaviour, (T, N)."""
+        self.rewards = self._scalars()
+        """Rewards, (T, N)."""
+        self.terminated = self._flags()
+        """True terminations, (T, N)."""
+        self.dones = self._flags()
+        """Any end of an episode, (T, N)."""
+        self.lost = self._flags()
+        """Steps that never took place, because an environment had to be restarted, (T, N)."""
+        self.values = self._scalars()
+        """Values of the observations, reward units, (T, N)."""
+        self.next_values = self._scalars()
+        """Values of what the steps led to, reward units, (T, N)."""
+        self.returns = self._scalars()
+        """Lambda-returns, reward units, (T, N)."""
+        self.advantages = self._scalars()
+        """Advantages, in stds of the task's, (T, N)."""
         self.any_lost = False
         self.step = 0
+
+    def _groups(self, obs: TensorDict) -> TensorDict:
+        buffers = {k: torch.zeros(self.num_steps, *v.shape, dtype=v.dtype, device=self.device) for k, v in obs.items()}
+        return TensorDict(buffers, batch_size=self._shape, device=self.device)
+
+    def _flags(self) -> torch.Tensor:
+        return torch.zeros(self._shape, dtype=torch.bool, device=self.device)
+
+    def _scalars(self) -> torch.Tensor:
+        return torch.zeros(self._shape, device=self.device)
+
+    def _vectors(self, dims: int) -> torch.Tensor:
+        return torch.zeros(*self._shape, dims, device=self.device)
 
     def add_action(self, obs: TensorDict, task: torch.Tensor, **fields: torch.Tensor) -> None:
         """Record what was seen and done at the current step.
@@ -60,7 +93,7 @@ class RolloutStorage:
         Args:
             obs: Observations, batch size (N,).
             task: Task ids, (N,).
-            **fields: ``actions, mean, std, plan_mean`` (N, A); ``values, log_pi, log_beta, plan_gain, planned`` (N,).
+            **fields: ``actions, mean, std, plan_mean`` (N, A); ``log_pi, log_beta, plan_gain, planned`` (N,).
 
         Raises:
             OverflowError: If the rollout is already full.
@@ -103,7 +136,7 @@ class RolloutStorage:
 
     def repair_lost(self) -> None:
         """Make what lost steps hold finite, even where networks gave something else: masks multiply, and NaN stays."""
-        for name in ("actions", "mean", "std", "plan_mean", "values", "log_pi", "log_beta", "plan_gain"):
+        for name in ("actions", "mean", "std", "plan_mean", "log_pi", "log_beta", "plan_gain"):
             field = getattr(self, name)
             lost = self.lost.view(*self.lost.shape, *[1] * (field.dim() - 2))
             field.masked_fill_(lost & ~field.isfinite(), 1.0 if name == "std" else 0.0)
@@ -118,7 +151,7 @@ class RolloutStorage:
     def mini_batches(self, num_mini_batches: int, num_epochs: int) -> Iterator[dict[str, torch.Tensor | TensorDict]]:
         """Yield shuffled flat mini-batches of the steps that took place; one permutation serves all epochs (as rsl_rl).
 
-        The fields are those of :meth:`add_action` with ``returns`` and ``advantages``.
+        The fields are what the policy update reads.
         """
         samples = self.num_steps * self.num_envs
         kept = (~self.lost).flatten().nonzero().squeeze(-1) if self.any_lost else None
@@ -126,8 +159,8 @@ class RolloutStorage:
         order = torch.randperm(num_mini_batches * size, device=self.device)
         if kept is not None:
             order = kept[order]
-        names = ("obs", "actions", "mean", "std", "plan_mean", "values", "log_pi", "log_beta", "returns", "advantages")
-        flat = {name: getattr(self, name).flatten(0, 1) for name in (*names, "task", "planned", "plan_gain")}
+        names = ("obs", "actions", "mean", "std", "values", "log_pi", "log_beta", "returns", "advantages", "task")
+        flat = {name: getattr(self, name).flatten(0, 1) for name in names}
         for _ in range(num_epochs):
             for i in range(num_mini_batches):
                 index = order[i * size : (i + 1) * size]

@@ -7,8 +7,10 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from m3po import distributed
+from m3po.cli import print_config
 from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
 from m3po.elastic import Launch
 from m3po.errors import UserError
@@ -34,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = Parser(description="Train M3PO, or rsl_rl's PPO in the same harness, on an Isaac Lab task.")
     launch.add_common_arguments(parser)
-    add_distributed(parser)
+    purpose = parser.add_mutually_exclusive_group()
+    add_distributed(purpose)
+    print_config.add_argument(purpose)
     parser.add_argument("--run_timestamp", help="Name of the run folder instead of the time (train_multigpu gives it).")
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
@@ -47,11 +51,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(argv: list[str]) -> int:
     """Check everything, then simulate and train."""
-    request = launch.parse(_parser(), argv)
-    job = launch.prepare(request)
-    in_group = job.args.in_group
-    distributed.check_start(in_group)
-    checkpoint = launch.resolve_checkpoint(job, job.args.checkpoint) if job.args.checkpoint else None
+    with print_config.kept_apart(argv):
+        job = launch.prepare(launch.parse(_parser(), argv))
+        in_group = job.args.in_group
+        distributed.check_start(in_group)
+        checkpoint = launch.resolve_checkpoint(job, job.args.checkpoint) if job.args.checkpoint else None
+        if job.args.print_config and job.args.resume:
+            launch.find_run(job, job.args.resume)
+        cfg = _runner_cfg(job)
+    if job.args.print_config:
+        num_envs = {job.task: job.env_cfg.scene.num_envs}
+        return print_config.show(job.args, job.agent_entry, job.device, num_envs, cfg)
     with distributed.group(in_group, job.device):
         job.agent_cfg.seed = distributed.shared(job.agent_cfg.seed)
         job.env_cfg.seed = job.agent_cfg.seed + distributed.rank()
@@ -64,6 +74,10 @@ def _main(argv: list[str]) -> int:
         if code == 0:
             attempts.finish()
     return code
+
+
+def _runner_cfg(job: launch.Job) -> dict[str, Any]:
+    return job.train_cfg() | {name: getattr(job.args, name) for name in ("eval_interval", "keep_checkpoints")}
 
 
 def _create_run(job: launch.Job) -> Path:
@@ -93,7 +107,6 @@ def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None, resumed: Pat
     job.env_cfg.log_dir = str(run_dir)
     if resumed is not None and distributed.is_main():
         record_resumption(run_dir, resumed, sys.orig_argv[1:])
-    options = {name: getattr(job.args, name) for name in ("eval_interval", "keep_checkpoints")}
     stop = StopSignals()
     with contextlib.ExitStack() as stack:
         evaluator = None
@@ -107,7 +120,7 @@ def _train(job: launch.Job, run_dir: Path, checkpoint: Path | None, resumed: Pat
         env = stack.enter_context(launch.environment(job))
         stack.enter_context(stop.caught())  # within the simulation, which may have handlers of its own
         try:
-            runner = M3PORunner(env, job.train_cfg() | options, str(run_dir), job.device, evaluator, stop)
+            runner = M3PORunner(env, _runner_cfg(job), str(run_dir), job.device, evaluator, stop)
         except ValueError as error:  # rsl_rl's and our own complaints about classes and observation groups
             raise UserError(str(error)) from error
         if checkpoint is not None:

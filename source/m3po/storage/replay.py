@@ -1,7 +1,8 @@
-"""The world model's memory: a ring of recent rollouts, sampled as sub-sequences that never cross a reset."""
+"""Replay buffer: the newest rollouts, sampled as sub-sequences that never cross a reset."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,6 @@ class Sequences:
     rewards: torch.Tensor
     """Rewards, (B, H)."""
 
-    returns: torch.Tensor
-    """Lambda-returns of the rollout that each transition came from, (B, H)."""
-
     terminated: torch.Tensor
     """True terminations, (B, H), boolean."""
 
@@ -44,7 +42,7 @@ class Sequences:
     """Task ids, (B, H)."""
 
 
-class RolloutRing:
+class ReplayBuffer:
     """The newest rollouts of N environments, in order of time, on the device."""
 
     def __init__(self, rollout: RolloutStorage, num_rollouts: int, seed: int = 0) -> None:
@@ -60,7 +58,7 @@ class RolloutRing:
         self.head = 0
         """Slot that the next rollout is written to."""
         self._fields = {}
-        outcomes = ("next_obs", "next_obs_valid", "rewards", "returns", "terminated", "dones", "lost")
+        outcomes = ("next_obs", "next_obs_valid", "rewards", "terminated", "dones", "lost")
         for name in ("obs", "task", "actions", *outcomes):
             source = getattr(rollout, name)
             if isinstance(source, TensorDict):
@@ -123,21 +121,20 @@ class RolloutRing:
         slot = (oldest + start + torch.arange(horizon, device=self.device)) % self.capacity
         return self._gather(slot, env)
 
-    def newest(self, horizon: int) -> Sequences:
-        """Sub-sequences that start at the first step of the newest rollout, one per environment."""
-        first = (self.head - self.num_steps) % self.capacity
-        env = torch.arange(self.num_envs, device=self.device).unsqueeze(1)
-        slot = (first + torch.arange(horizon, device=self.device)) % self.capacity
-        return self._gather(slot.expand(self.num_envs, -1), env)
+    def latest(self, num_steps: int, names: Iterable[str] | None = None) -> dict[str, torch.Tensor | TensorDict]:
+        """The newest steps in order of time, all of them where fewer are stored.
 
-    def latest(self, num_steps: int) -> dict[str, torch.Tensor | TensorDict]:
-        """The newest steps in order of time, all of them where fewer are stored: each field with shape (steps, N, ...).
+        Args:
+            num_steps: Steps.
+            names: Fields; by default all.
 
-        Those of an environment are one trajectory, which goes on after a reset where ``dones`` says so.
+        Returns:
+            Fields, (steps, N, ...) each. Those of an environment are one trajectory, which goes on after a reset where
+            ``dones`` says so.
         """
         count = min(num_steps, self.size)
         slots = (self.head - count + torch.arange(count, device=self.device)) % self.capacity
-        return {name: buffer[slots] for name, buffer in self._fields.items()}
+        return {name: self._fields[name][slots] for name in names or self._fields}
 
     def interrupt(self) -> None:
         """Say that the environments do not go on from the newest step: all of its episodes end there, by time-out."""

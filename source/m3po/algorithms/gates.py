@@ -1,0 +1,89 @@
+"""Measured gates: how far a part may go, of each task, while the run goes on. Nothing else switches parts on or off.
+
+| part | measured before it acts | what follows |
+|---|---|---|
+| plans | how much real advantages rise along the model's gradient | their length; steps of the world model |
+| plans that are acted on | advantage of planned environments over the others | share of the environments |
+| bonus | share of episodes with a reward | its weight |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+GAIN_RATE, GAIN_STEPS = 0.2, 4096
+"""Weight in the running mean of the gain of a rollout of so many steps, which tells it to about 0.016. Smaller ones
+weigh in proportion: 512 steps of DMControl tell it to 0.05 to 0.2, where 0.06 is the whole trust region's worth. Until
+there are enough of them, all rollouts so far weigh the same, with four more of gain 0."""
+
+REALISED_RATE, REALISED_STEPS = 0.1, 1024
+"""Weight in the running mean of the realised gain of a rollout with so many planned steps, and fewer in proportion."""
+
+FULL_REALISED = 0.05
+"""Realised gain, in stds of the advantage, from which on the full share of the environments acts by plans."""
+
+LEAST_SHARE = 0.125
+"""Smallest part of that share, which goes on measuring, while plans are worth something at all."""
+
+REWARDED_RATE, REWARDED_ENOUGH = 0.1, 0.2
+"""Weight of a rollout in the running share of rewarded trajectories, and the share that needs no bonus."""
+
+LEAST_MODEL_STEPS = 0.25
+"""Part of the world model's steps that is taken while its gradient is worth nothing."""
+
+
+class Gates(nn.Module):
+    """Running measurements of K tasks; part of a checkpoint."""
+
+    def __init__(self, num_tasks: int) -> None:
+        """Start closed for plans, and open for what only they lead to."""
+        super().__init__()
+        self.register_buffer("gain", torch.zeros(num_tasks))
+        """Rise of the real advantage along the gradient, in its stds, per std of the action."""
+        self.register_buffer("gradient_size", torch.ones(num_tasks))
+        """Root mean square of the gradients at the observations of the newest rollout, reward units per std."""
+        self.register_buffer("realised", torch.full((num_tasks,), FULL_REALISED))
+        """Advantage of planned environments over the others, in its stds."""
+        self.register_buffer("rewarded", torch.zeros(num_tasks))
+        """Share of recent trajectories with a reward."""
+
+    def trust(self, full_gain: float) -> torch.Tensor:
+        """Part of its trust region that a plan may use, (K,), in [0, 1], of its length."""
+        return (self.gain / full_gain).clamp(0.0, 1.0)
+
+    def acting(self, full_gain: float) -> torch.Tensor:
+        """Part of the largest share of the environments that acts by plans, (K,), in [0, 1]."""
+        part = (self.realised / FULL_REALISED).clamp(LEAST_SHARE, 1.0)
+        return torch.where(self.gain > 0.0, part, 0.0) if full_gain > 0.0 else torch.ones_like(part)
+
+    def unrewarded(self) -> torch.Tensor:
+        """How far the episodes of a task are from being rewarded, (K,): 1 if none is, 0 from a fifth of them on."""
+        return (1.0 - self.rewarded / REWARDED_ENOUGH).clamp(0.0, 1.0)
+
+    def model_steps(self, full_gain: float) -> float:
+        """Part of the world model's gradient steps that is worth taking."""
+        worth = 2.0 * self.trust(full_gain)
+        return torch.maximum(worth, self.unrewarded()).max().clamp(LEAST_MODEL_STEPS, 1.0).item()
+
+    @torch.no_grad()
+    def update_gain(self, gain: torch.Tensor, steps: torch.Tensor, iteration: int) -> None:
+        """Take in the gain (K,) that a rollout with ``steps`` (K,) showed."""
+        weight = (GAIN_RATE * steps / GAIN_STEPS).clamp(1.0 / (1.0 / GAIN_RATE + iteration), GAIN_RATE)
+        self.gain.lerp_(gain.nan_to_num(0.0, 0.0, 0.0), weight * (steps > 0))
+
+    @torch.no_grad()
+    def update_realised(self, realised: torch.Tensor, planned_steps: torch.Tensor) -> None:
+        """Take in the realised gain (K,) of a rollout with so many planned steps (K,); 0: none can be told."""
+        weight = REALISED_RATE * (planned_steps / REALISED_STEPS).clamp(max=1.0)
+        self.realised.lerp_(realised.nan_to_num(0.0, 0.0, 0.0), weight)
+
+    @torch.no_grad()
+    def update_rewarded(self, share: torch.Tensor, seen: torch.Tensor) -> None:
+        """Take in the share (K,) of rewarded trajectories; ``seen`` (K,): tasks that a rollout showed."""
+        self.rewarded.lerp_(share, REWARDED_RATE * seen.to(share.dtype))
+
+    def metrics(self) -> dict[str, float]:
+        """The state of the gates, means over the tasks, for the report."""
+        state = {"gain": self.gain, "realised": self.realised, "rewarded": self.rewarded}
+        return {f"gate/{name}": value.mean().item() for name, value in state.items()}

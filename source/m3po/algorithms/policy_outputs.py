@@ -1,0 +1,26 @@
+"""Mean and std of a policy, without drawing anything."""
+
+from __future__ import annotations
+
+import torch
+from rsl_rl.models import MLPModel
+from tensordict import TensorDict
+
+from m3po.models.task_policy import TaskGaussian, task_of
+
+
+class PolicyOutputs:
+    """Observations -> mean and std of the policy."""
+
+    def __init__(self, actor: MLPModel) -> None:
+        """Bind to a policy with a Gaussian distribution."""
+        self.actor = actor
+
+    def __call__(self, obs: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and std in observations with batch size (B,), (B, A) each."""
+        actor, distribution = self.actor, self.actor.distribution
+        if isinstance(distribution, TaskGaussian):
+            return actor(obs), distribution.std_of(task_of(obs))
+        # The policy of now, whether it has sampled before or not, as an average of policies never does.
+        distribution.update(actor.mlp(actor.get_latent(obs)))
+        return distribution.params

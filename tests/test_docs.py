@@ -1,0 +1,109 @@
+"""Tables of the documentation are those of the code; files and names that it refers to exist."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from m3po.config import REMOVED, AlgorithmCfg
+from m3po.presets import MODES, sized, suite_runner_cfg
+
+PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
+ALGORITHM = REPOSITORY / "docs" / "algorithm.md"
+FIELDS = "| field (below `agent.algorithm.`) |"
+
+
+def leaves(cfg: AlgorithmCfg) -> dict[str, Any]:
+    """Values of all fields by their dotted names."""
+    found = {}
+    for name, value in dataclasses.asdict(cfg).items():
+        found |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def read_table(head: str) -> dict[str, list[str]]:
+    """First cell -> others of the table of the page about the algorithm whose head starts so."""
+    lines = ALGORITHM.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(head)) + 2
+    rows = {}
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        name, *values = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[name.strip("`")] = values
+    return rows
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_the_table_of_fields_has_the_values_of_both_modes_and_devices():
+    columns = []
+    for mode in ("default", "paper"):
+        cpu, cuda = leaves(MODES[mode]()), leaves(sized(MODES[mode](), "cuda:0"))
+        columns += [cpu, {name: "-" if cuda[name] == cpu[name] else cuda[name] for name in cpu}]
+    expected = {name: [shown(column[name]) for column in columns] for name in columns[0]}
+    assert read_table(f"{FIELDS} default |") == expected
+
+
+def test_the_table_of_suites_has_what_they_change():
+    default = leaves(AlgorithmCfg())
+    one, several = (leaves(suite_runner_cfg(many, "cpu", "default")["algorithm"]) for many in (False, True))
+    changed = [name for name in default if (one[name], several[name]) != (default[name], default[name])]
+    expected = {name: [shown(one[name]), shown(several[name])] for name in changed}
+    assert read_table(f"{FIELDS} one task |") == expected
+
+
+def test_equations_are_where_the_page_says():
+    text = ALGORITHM.read_text(encoding="utf-8")
+    references = re.findall(r"`(\w+/\w+\.py)`((?:, `[\w.]+`)*)", text)
+    assert len(references) > 10
+    for path, names in references:
+        tree = ast.parse((REPOSITORY / "source" / "m3po" / path).read_text(encoding="utf-8"))
+        defined = set()
+        for node in tree.body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                defined.add(node.name)
+                defined |= {f"{node.name}.{part.name}" for part in ast.walk(node) if isinstance(part, ast.FunctionDef)}
+        assert set(re.findall(r"[\w.]+", names)) <= defined, (path, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "experiments.md"], ids=lambda page: page.name)
+def test_no_page_tells_of_fields_that_are_gone(page):
+    """The log of experiments does: it says what was."""
+    text = page.read_text(encoding="utf-8")
+    present = {name.split(".")[-1] for name in leaves(AlgorithmCfg())}
+    sections = {"AlgorithmCfg": "", "WorldModelCfg": "world_model.", "PlannerCfg": "planner."}
+    sections |= {"BonusCfg": "bonus.", "CriticReplayCfg": "critic_replay."}
+    for section, fields in REMOVED.items():
+        for name in fields:
+            path = re.escape(f"{sections[section]}{name}" if sections[section] else f"agent.algorithm.{name}")
+            assert not re.search(rf"\b{path}\b", text), path
+            if name not in present and "_" in name:
+                assert f"`{name}`" not in text, name
+
+
+def test_overrides_on_pages_are_fields_of_today():
+    """``agent.algorithm.X.Y=...``, of M3PO or of rsl_rl's PPO."""
+    names = set(leaves(AlgorithmCfg()))
+    for page in PAGES:
+        if page.name != "experiments.md":
+            found = re.findall(r"agent\.algorithm\.([\w.]*\w)", page.read_text(encoding="utf-8"))
+            sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
+            assert set(found) <= names | sections, page.name
