@@ -68,6 +68,15 @@ def test_where_nothing_was_planned_both_ratios_are_ppo():
     assert torch.equal(*losses)
 
 
+@pytest.mark.parametrize(("value", "old", "expected"), [(-1.0, 0.5, 0.3), (2.0, 0.5, 0.7), (0.6, 0.5, 0.6)])
+def test_a_value_counts_as_no_closer_to_its_target_than_the_clipped_one(value, old, expected):
+    """It is clipped to 0.2 around the old one, on both sides."""
+    target = 0.0 if value > old else 1.0
+    for end in (target, value):  # the clipped error is the larger one where the target is the value itself
+        found = value_loss(torch.tensor([value]), torch.tensor([old]), torch.tensor([end]), 0.2)
+        assert found.item() == pytest.approx(max((value - end) ** 2, (expected - end) ** 2))
+
+
 def test_value_loss_by_hand():
     # Old 0, clip 0.2, return 1. At 0.5 the clipped 0.2 is further: 0.64. At -1, -0.2 is nearer: 4. At 2, 0.64 < 1.
     zero, values = torch.zeros(3), torch.tensor([0.5, -1.0, 2.0])

@@ -36,6 +36,13 @@ def test_gae_accumulates_over_steps():
     assert advantages.flatten().tolist() == [1.25, 1.0]
 
 
+def test_a_rollout_may_have_one_step():
+    one = (column(2.0), column(1.0), column(3.0), column(0.0).bool(), column(0.0).bool())
+    assert gae(*one, 0.5, 0.9)[1].item() == 2.0 + 0.5 * 3.0 - 1.0
+    targets, advantages = vtrace(*one, column(0.0), 0.5, 0.9)
+    assert (targets.item(), advantages.item()) == (3.5, 2.5)
+
+
 def test_vtrace_by_hand():
     # rho = (0.5, 1 after truncation). gamma = 0.5, lambda = 1.
     # delta_1 = 1 * (1 + 0.5*4 - 2) = 1;  v_1 = 3;  A_1 = 1 + 0.5*4 - 2 = 1

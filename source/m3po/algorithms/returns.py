@@ -67,7 +67,7 @@ def vtrace(
         Targets ``v_t`` and advantages ``r_t + gamma * v_{t+1} - V(s_t)``, (T, N) each.
     """
     rho = log_ratio.exp().clamp(max=1.0)
-    alive, within = (~terminated).to(values.dtype), (~dones).to(values.dtype)
+    alive, within = ~terminated, ~dones
     deltas = rho * (rewards + gamma * next_values * alive - values)
     targets, advantages = torch.empty_like(values), torch.empty_like(values)
     correction = torch.zeros_like(values[0])
