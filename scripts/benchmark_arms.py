@@ -62,7 +62,7 @@ class Arm:
 
 _A = "agent.algorithm."
 _NO_REPLAY = (f"{_A}critic_replay.steps_per_iteration=0", f"{_A}value_loss_coef=1.0")
-_NO_PLANNER, _NO_GRADIENT = (f"{_A}planner.share=0.0",), (f"{_A}planner.max_kl=0.0",)
+_NO_PLANNER, _NO_GRADIENT = (f"{_A}planner.share=0.0",), (f"{_A}planner.max_learning_kl=0.0",)
 _NO_BONUS = (f"{_A}bonus.size=0.0",)
 
 CORE = (
@@ -71,6 +71,7 @@ CORE = (
     *_NO_GRADIENT,
     *_NO_BONUS,
     f"{_A}world_model.steps_per_iteration=0",
+    f"{_A}schedule=adaptive",
     f"{_A}std_learning_rate=0.0",
     f"{_A}policy_average_decay=0.0",
 )
@@ -82,8 +83,9 @@ PARTS = {
     "m3po-no-gradient": _NO_GRADIENT,
     "m3po-no-bonus": _NO_BONUS,
     "m3po-no-critic-replay": _NO_REPLAY,
-    "m3po-no-features": (f"{_A}world_model.features=0",),
-    "m3po-latent": (f"{_A}world_model.anchor=false",),
+    "m3po-adaptive": (f"{_A}schedule=adaptive",),
+    "m3po-features": (f"{_A}world_model.features=32",),
+    "m3po-latent": (f"{_A}world_model.anchor=false", f"{_A}world_model.features=64"),
     "m3po-ratio-4": (f"{_A}replay_ratio=4.0",),
     "m3po-ratio-16": (f"{_A}replay_ratio=16.0",),
 }

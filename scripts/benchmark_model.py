@@ -51,15 +51,15 @@ ACTING_KL = 0.3
 """KL of the plans whose realised gain is estimated, nats."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "anchored": {},
-    "anchored, no features": {"features": 0},
-    "anchored, 3 steps": {"horizon": 3},
-    "anchored, width 512": {"width": 512},
-    "latent": {"anchor": False},
+    "anchored": {"features": 0},
+    "anchored, 32 features": {"features": 32},
+    "anchored, 3 steps": {"features": 0, "horizon": 3},
+    "anchored, width 512": {"features": 0, "width": 512},
+    "latent": {"anchor": False, "features": 64},
     "latent, 256 features": {"anchor": False, "features": 256},
     "latent, 256 features, 3 steps": {"anchor": False, "features": 256, "horizon": 3},
 }
-"""Variant -> what differs from the default's world model."""
+"""Variant -> fields of its world model; the others are those of the recorded run."""
 
 
 @contextlib.contextmanager
@@ -136,11 +136,12 @@ class Recording:
         self.tasks = Tasks(*self.content["tasks"])
         self.cfg = parse_algorithm_cfg(self.content["train_cfg"]["algorithm"])
 
-    def build(self, cfg: AlgorithmCfg) -> tuple[Objective, PolicyOutputs, ReplayBuffer]:
-        """Objective with a fresh world model, policy, and the replay buffer."""
+    def build(self, cfg: AlgorithmCfg, seed: int = 0) -> tuple[Objective, PolicyOutputs, ReplayBuffer]:
+        """Objective with a fresh world model, policy, and the replay buffer, whose draws a seed decides."""
         unseen, (num_steps, num_envs) = self.unseen, self.content["size"]
         obs = TensorDict({group: x[0] for group, x in unseen["obs"].items()}, batch_size=[num_envs])
-        env, train_cfg = SimpleNamespace(num_actions=unseen["actions"].shape[-1]), dict(self.content["train_cfg"])
+        env = SimpleNamespace(num_actions=unseen["actions"].shape[-1])
+        train_cfg = dict(self.content["train_cfg"]) | {"seed": seed}
         networks = {name: dict(train_cfg[name]) for name in ("actor", "critic")}
         built = build_networks(obs, env, train_cfg | networks, cfg, self.tasks, "cpu")
         actor, critic, model, dims = built
@@ -160,6 +161,7 @@ class Recording:
         fields = self.content["replay"]["fields"]
         replay = ReplayBuffer(storage, fields["rewards"].shape[0] // num_steps)
         replay.load_state_dict(self.content["replay"])
+        replay.generator.manual_seed(seed)
         return objective, PolicyOutputs(actor), replay
 
 
@@ -171,9 +173,8 @@ def probe(recording: Recording, variant: dict[str, Any], steps: list[int], seed:
         its standard error ``gain_se``; ``realised``: advantage that plans of :data:`ACTING_KL` would have, by
         importance sampling, and ``realised_se``; ``skill`` of the prediction; ``ms_per_step`` of training.
     """
-    torch.manual_seed(seed)
     cfg = replace(recording.cfg, world_model=replace(recording.cfg.world_model, **variant))
-    objective, policy, replay = recording.build(cfg)
+    objective, policy, replay = recording.build(cfg, seed)
     learner = ModelLearner(objective, policy, Gates(recording.tasks.count), recording.tasks, cfg)
     learner._update_statistics(SimpleNamespace(**replay.latest(replay.size)))
     results, seconds, done = [], 0.0, 0

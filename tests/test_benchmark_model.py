@@ -33,7 +33,7 @@ def test_a_recording_is_probed(tmp_path, monkeypatch, tasks):
     assert recording.unseen["advantages"].numel() >= 300
     assert recording.unseen["advantages"].std() > 0.5  # standardised
 
-    variants = ["anchored", "anchored, no features", "latent"]
+    variants = ["anchored", "anchored, 32 features", "latent"]
     options = ["--steps", "2", "4", "--variants", *variants, "--output", str(output)]
     for _ in range(2):  # rows are added
         assert benchmark_model.main(["--probe", str(ring), *options]) == 0

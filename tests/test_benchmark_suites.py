@@ -146,7 +146,7 @@ def test_the_core_is_m3po_with_all_its_parts_off(task):
     algorithm = cfg["algorithm"]
     assert (cfg["num_steps_per_env"], algorithm["value_loss_coef"], algorithm["lam"]) == (16, 1.0, 0.95)
     off = [algorithm[part]["steps_per_iteration"] for part in ("world_model", "critic_replay")]
-    off += [algorithm["planner"]["share"], algorithm["planner"]["max_kl"], algorithm["bonus"]["size"]]
+    off += [algorithm["planner"]["share"], algorithm["planner"]["max_learning_kl"], algorithm["bonus"]["size"]]
     off += [algorithm["std_learning_rate"], algorithm["policy_average_decay"]]
     assert off == [0] * len(off)
 

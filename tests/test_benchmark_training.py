@@ -226,7 +226,7 @@ def test_peak_memory_and_exit_code_are_those_of_the_process():
 def test_both_algorithms_are_measured(run_script, tmp_path):
     options = ("--num_envs", "16", "--iterations", "3", "--warmup", "2", "--rounds", "1", "--output", tmp_path)
     # without the gradient's gate, the whole share acts by plans from the first step on
-    planning = ("planner.share=0.1", "planner.max_kl=0.0", "world_model.steps_per_iteration=4")
+    planning = ("planner.share=0.1", "planner.max_learning_kl=0.0", "world_model.steps_per_iteration=4")
     planning = [f"agent.algorithm.{override}" for override in planning]
     command = ["scripts/benchmark_training.py", "--task", "Isaac-Cartpole-v0", *options, "--overrides", *planning]
     result = run_script(command, timeout=600)

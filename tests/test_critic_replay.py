@@ -105,7 +105,8 @@ def test_what_a_lost_environment_showed_reaches_no_other_step():
 
 def train(iterations: int, seed: int = 0, **algorithm: object) -> M3PORunner:
     torch.manual_seed(seed)
-    off = {"world_model": {"steps_per_iteration": 0}, "planner": {"share": 0.0, "max_kl": 0.0}, "bonus": {"size": 0.0}}
+    off = {"world_model": {"steps_per_iteration": 0}, "bonus": {"size": 0.0}}
+    off["planner"] = {"share": 0.0, "max_learning_kl": 0.0}
     cfg = runner_cfg(**{**off, "value_loss_coef": 1.0, **algorithm})
     runner = M3PORunner(PointEnv(32, episode=60), cfg, None, "cpu")
     runner.learn(iterations)

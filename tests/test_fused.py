@@ -174,7 +174,7 @@ def test_copies_keep_their_places_and_leave_inference_mode():
 def algorithm(seed=1):
     env = PointEnv(num_envs=8)
     torch.manual_seed(seed)
-    cfg = runner_cfg(planner={"share": 1.0, "max_kl": 0.0}) | {"seed": seed}
+    cfg = runner_cfg(planner={"share": 1.0, "max_learning_kl": 0.0}) | {"seed": seed}
     alg = M3PO.construct_algorithm(env.get_observations(), env, cfg, "cpu")
     alg.train_mode()
     return alg, env

@@ -172,7 +172,9 @@ def test_without_a_bonus_rewards_are_looked_for_all_the_same():
 def test_gates_are_reported_and_part_of_a_checkpoint():
     gates = Gates(2)
     gates.gain.copy_(torch.tensor([1.0, 2.0]))
-    assert gates.metrics() == pytest.approx({"gate/gain": 1.5, "gate/realised": FULL_REALISED, "gate/rewarded": 0.0})
+    gates.plan_budget.copy_(torch.tensor([0.25, 0.75]))
+    state = {"gain": 1.5, "realised": FULL_REALISED, "rewarded": 0.0, "ppo_budget": 1.0, "plan_budget": 0.5}
+    assert gates.metrics() == pytest.approx({f"gate/{name}": value for name, value in state.items()})
     other = Gates(2)
     other.load_state_dict(gates.state_dict())
     assert torch.equal(other.gain, gates.gain)

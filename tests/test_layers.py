@@ -70,7 +70,6 @@ def test_old_rows_are_forgotten(memory):
     torch.testing.assert_close(normalizer.var[0, 0], torch.tensor(64.0 * part * (1 - part)))
     torch.testing.assert_close(statistics.square[0], torch.tensor(64.0 * part))
     torch.testing.assert_close(statistics.terminal[0], torch.tensor(8.0 * part))
-    assert statistics.rate[0] == 0.5
 
 
 def test_task_normalizer_matches_the_whole_data_and_keeps_tasks_apart():
@@ -91,7 +90,6 @@ def test_reward_statistics():
     statistics.update(reward, terminated, task)
     assert statistics.terminal[0] == -20.0
     torch.testing.assert_close(statistics.scale(torch.tensor([0, 1])), torch.tensor([12.5**0.5, 100.0]))
-    torch.testing.assert_close(statistics.rate[0], torch.tensor(1 / 3))
 
 
 def test_observations_of_all_tasks_have_a_common_norm():

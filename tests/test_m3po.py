@@ -363,7 +363,7 @@ def test_plans_are_made_learnt_from_and_acted_on_where_the_gates_are_open(tmp_pa
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(version, message, tmp_path):
     run = train(runner_cfg(), 1, str(tmp_path))
     content = read_checkpoint(tmp_path / "model_last.pt")
-    assert content["m3po"]["format"] == FORMAT == 4
+    assert content["m3po"]["format"] == FORMAT == 5
     content["m3po"]["format"] = version
     write_checkpoint(tmp_path / "other.pt", content)
     before = weights(run)

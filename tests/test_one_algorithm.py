@@ -71,9 +71,8 @@ def test_all_parts_are_on_by_default():
         cfg = suite_runner_cfg(True, device, "default")["algorithm"]
         on = (
             cfg.world_model.anchor,
-            cfg.world_model.features,
             cfg.world_model.steps_per_iteration,
-            cfg.planner.max_kl,
+            cfg.planner.max_learning_kl,
             cfg.planner.share,
             cfg.planner.num_iterations,
             cfg.bonus.size,

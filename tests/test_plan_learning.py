@@ -1,11 +1,15 @@
 """Plans while learning: the policy moves along the gradient of the imagined return, as far as that has been worth."""
 
+import math
+
 import pytest
 import torch
 from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms import M3PO
 from m3po.algorithms.plan_learning import EXPECTED_KL, LARGEST_SHIFT, MOST_KL, RATES, _adapted
+from m3po.algorithms.policy_learning import LEAST_PART, LEAST_STD
+from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.config import AlgorithmCfg
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.errors import UserError
@@ -53,7 +57,7 @@ def stream(seed: int = 0) -> torch.Generator:
 
 
 def test_plans_keep_to_the_trust_region():
-    _, plans, metrics = planned(1e3, max_kl=0.08)
+    _, plans, metrics = planned(1e3, max_learning_kl=0.08)
     own = 256
     kl = 0.5 * plans.shift.square().sum(-1)
     assert kl[:own].mean() <= 0.08 + 1e-5
@@ -65,7 +69,7 @@ def test_plans_keep_to_the_trust_region():
 
 def test_plans_raise_the_imagined_return():
     """They lie along the gradient; those that are not cut off are of its size, in units of the rollout's."""
-    alg, plans, _ = planned(1e3, max_kl=0.02)
+    alg, plans, _ = planned(1e3, max_learning_kl=0.02)
     task = torch.zeros(len(plans.shift), dtype=torch.long)
     mean, std = (x.detach() for x in alg.plan_learner.policy(plans.obs))
     z = alg.objective.encode(plans.obs, task).detach()
@@ -247,7 +251,7 @@ def test_movement_beyond_the_plans_is_taken_back():
     metrics = learner.regress(plans, stream())
     moved = (alg.actor(plans.obs).detach() - mean) / alg.actor.distribution.std_param
     share = (moved.square().sum() / plans.shift.square().sum()).item()
-    assert share == pytest.approx(MOST_KL, rel=0.1)
+    assert 0.7 * MOST_KL < share < 1.1 * MOST_KL  # exactly that far if the mean were linear in the weights
     assert metrics["plan/kl"] == pytest.approx(0.5 * moved.square().sum(-1).mean().item(), rel=1e-3)
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 1.5)
 
@@ -270,20 +274,21 @@ def test_a_gradient_that_is_worth_nothing_moves_nothing(gain):
 
 
 def test_without_a_trust_region_no_plans_are_made():
-    runner = runner_of(planner={"max_kl": 0.0})
+    runner = runner_of(planner={"max_learning_kl": 0.0})
     runner.learn(2)
     metrics = runner.alg.metrics
     assert metrics["plan/kl"] == 0.0
     assert "plan/gain" not in metrics
-    assert runner.alg.policy_learner.desired_kl == runner.alg.cfg.desired_kl
+    rest = runner.alg.cfg.desired_kl * runner.alg.gates.ppo_budget
+    assert runner.alg.policy_learner.desired_kls == pytest.approx(rest.tolist(), rel=0.1)
 
 
 def test_plans_have_a_part_of_ppos_trust_region():
     alg = runner_of(desired_kl=0.06).alg
     learner = alg.policy_learner
     for spent, left in ((0.0, 0.06), (0.03, 0.03), (0.5, 0.015)):
-        learner.reserve_kl(spent)
-        assert learner.desired_kl == pytest.approx(left)
+        learner.reserve_kl(spent, torch.tensor([1.0, 0.5]))
+        assert learner.desired_kls == pytest.approx([left, 0.5 * left])
 
 
 def test_an_update_reserves_what_its_plans_are_expected_to_move():
@@ -292,8 +297,10 @@ def test_an_update_reserves_what_its_plans_are_expected_to_move():
     alg = runner.alg
     alg.gates.gain.fill_(1e3)
     runner.learn(1)
-    assert alg.metrics["plan/max_kl"] == pytest.approx(0.06)
-    assert alg.policy_learner.desired_kl == pytest.approx(0.06 - EXPECTED_KL * 0.06)
+    max_kl = alg.metrics["plan/max_kl"]
+    assert max_kl == pytest.approx(0.06, rel=0.1)
+    rest = (0.06 - EXPECTED_KL * max_kl) * alg.gates.ppo_budget
+    assert alg.policy_learner.desired_kls == pytest.approx(rest.tolist(), rel=1e-4)
     assert alg.metrics["plan/kl"] > 0.0
 
 
@@ -350,12 +357,32 @@ def test_the_std_has_a_step_size_of_its_own():
     stds = []
     for rate in (0.0, 1e-2):
         torch.manual_seed(0)
-        without = {"world_model": {"steps_per_iteration": 0}, "planner": {"max_kl": 0.0}}
+        without = {"world_model": {"steps_per_iteration": 0}, "planner": {"max_learning_kl": 0.0}}
         runner = runner_of(std_learning_rate=rate, learning_rate=1e-5, schedule="fixed", **without)
         runner.learn(4)
         stds.append(runner.alg.actor.distribution.std_param.detach())
         assert runner.alg.policy_learner.learning_rate == 1e-5
     assert (stds[0] - 1).abs().max() < 2e-3 < (stds[1] - 1).abs().min()
+
+
+@pytest.mark.parametrize("kind", ["scalar", "log"])
+@pytest.mark.parametrize(("first", "least"), [(0.25, LEAST_PART * 0.25), (1.0, LEAST_STD)])
+def test_the_stds_step_is_that_of_its_logarithm_and_it_has_a_floor(kind, first, least):
+    """However the std is written. Adam's first step is as long as its rate."""
+    cfg = runner_cfg(std_learning_rate=0.01)
+    cfg["actor"]["distribution_cfg"] |= {"init_std": first, "std_type": kind}
+    alg = M3PORunner(PointEnv(32), cfg, None, "cpu").alg
+    learner, obs = alg.policy_learner, PointEnv(32).get_observations()
+    (parameter,) = learner.parameters("std")
+
+    def std_after(steps: int, sign: float = 1.0) -> torch.Tensor:
+        for _ in range(steps):
+            learner._step(sign * parameter.sum(), 1)
+        return PolicyOutputs(alg.actor)(obs)[1].reshape(-1, 2)[0]
+
+    torch.testing.assert_close(std_after(1), torch.full((2,), first * math.exp(-0.01)), atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(std_after(400), torch.full((2,), least))
+    assert (std_after(100, sign=-1.0) > 1.1 * least).all()  # it can rise again
 
 
 class Privileged(PointEnv):
@@ -419,11 +446,11 @@ class FlatReader:
     [
         ({"planner": {"learning_rate": -1.0}}, "planner.learning_rate must not be negative"),
         (
-            {"planner": {"max_kl": 0.0}, "world_model": {"steps_per_iteration": 0}},
+            {"planner": {"max_learning_kl": 0.0}, "world_model": {"steps_per_iteration": 0}},
             "planner.share is 0.25, but the world",
         ),
         (
-            {"planner": {"max_kl": 0.0, "share": 0.0}, "world_model": {"steps_per_iteration": 0}},
+            {"planner": {"max_learning_kl": 0.0, "share": 0.0}, "world_model": {"steps_per_iteration": 0}},
             "bonus.size is 0.15, but the world model",
         ),
         ({"std_learning_rate": -1.0}, "std_learning_rate must not be negative"),

@@ -437,7 +437,7 @@ def test_density_of_a_drawn_elite_against_monte_carlo():
         ({"kernels": "cuda"}, "kernels must be one of torch, warp"),
         ({"precision": "float16"}, "precision must be one of"),
         ({"execution": "best"}, "execution must be one of projected, mppi"),
-        ({"max_kl": -0.1}, "max_kl must not be negative"),
+        ({"max_learning_kl": -0.1}, "max_learning_kl must not be negative"),
         ({"full_gain": 0.0}, "full_gain must be positive, got 0.0"),
         ({"num_states": -1}, "num_states must not be negative, got -1"),
         ({"max_acting_kl": -1.0}, "max_acting_kl must not be negative"),

@@ -12,7 +12,7 @@ from rsl_rl.models import MLPModel
 from test_task_transfer import SMALL, PointSuite
 from toy_env import PointEnv
 
-from m3po.algorithms.ppo import PPO, check_ppo_cfg
+from m3po.baselines.ppo import PPO, check_ppo_cfg
 from m3po.cli import play, suite_job
 from m3po.cli.arguments import Parser
 from m3po.cli.train import run
@@ -48,7 +48,7 @@ def runner(env: MultiTaskVecEnv | PointEnv, log_dir: Path | None = None, **chang
     cfg = ppo_runner_cfg(several, "cpu")
     for name in ("actor", "critic"):
         cfg[name] |= {"hidden_dims": [32, 32]}
-    cfg["algorithm"] |= {"class_name": "m3po.algorithms.ppo:PPO" if several else "PPO", "gamma": 0.95} | changes
+    cfg["algorithm"] |= {"class_name": "m3po.baselines.ppo:PPO" if several else "PPO", "gamma": 0.95} | changes
     tasks = ",".join(getattr(env, "task_names", ["point"]))
     return M3PORunner(env, cfg | {"seed": 1, "algo": "ppo", "task": tasks}, log_dir and str(log_dir), "cpu")
 
@@ -86,14 +86,14 @@ def test_of_several_tasks_only_the_networks_are_ours():
 
 def test_the_command_line_asks_for_it():
     alone, several = make_job("--task", "walker-walk"), make_job("--task", "walker-walk,cup-catch")
-    assert [job.train_cfg["algorithm"]["class_name"] for job in (alone, several)] == ["PPO", "m3po.algorithms.ppo:PPO"]
+    assert [job.train_cfg["algorithm"]["class_name"] for job in (alone, several)] == ["PPO", "m3po.baselines.ppo:PPO"]
     assert [job.train_cfg["algorithm"]["desired_kl"] for job in (alone, several)] == [0.03, 0.06]
     assert [job.train_cfg["num_steps_per_env"] for job in (alone, several)] == [16, 16]
     assert policies_of(several.train_cfg) == ("prior",)
     copy = make_job(*several.arguments())
     assert copy.train_cfg == several.train_cfg
     multi = make_job("--task", "walker-walk", "--multi_task").train_cfg
-    assert (multi["algorithm"]["class_name"], multi["actor"]["embedding_dim"]) == ("m3po.algorithms.ppo:PPO", 16)
+    assert (multi["algorithm"]["class_name"], multi["actor"]["embedding_dim"]) == ("m3po.baselines.ppo:PPO", 16)
     changed = make_job("--task", "walker-walk", "agent.algorithm.desired_kl=0.01").train_cfg
     assert changed["algorithm"] == alone.train_cfg["algorithm"] | {"desired_kl": 0.01}
 

@@ -82,8 +82,8 @@ OF_TASK = ("gamma", "entropy_coef", "max_grad_norm", "num_learning_epochs", "num
 """Fields of the algorithm that a task has tuned for itself."""
 
 OLD = {
-    "algorithm.value_gradient.steps_per_iteration": "replaced by planner and world_model (planner.max_kl=0 switches",
-    "algorithm.distill_coef": "replaced by the regression onto plans (planner.max_kl)",
+    "algorithm.value_gradient.steps_per_iteration": "planner and world_model (planner.max_learning_kl=0 switches",
+    "algorithm.distill_coef": "replaced by the regression onto plans (planner.max_learning_kl)",
     "algorithm.planner.stages": "the share follows the realised gain",
     "algorithm.world_model.ring_transitions": "replaced by replay_transitions",
     "algorithm.bonus.alpha": "replaced by size",

@@ -53,7 +53,7 @@ def ppo_of_several() -> dict:
     cfg = ppo_cfg()
     for name in ("actor", "critic"):
         cfg[name] = cfg[name] | {"embedding_dim": 4}
-    return cfg | {"algorithm": cfg["algorithm"] | {"class_name": "m3po.algorithms.ppo:PPO", "gamma": 0.97}}
+    return cfg | {"algorithm": cfg["algorithm"] | {"class_name": "m3po.baselines.ppo:PPO", "gamma": 0.97}}
 
 
 def everything(**algorithm: object) -> dict:

@@ -60,11 +60,11 @@ TRAIN_MISTAKES = {
     "unknown field": ((*WALKER, "agent.algorithm.planner.horizn=5"), "Did you mean 'horizon'?"),
     "field of an earlier version": (
         (*WALKER, "agent.algorithm.distill_coef=0.1"),
-        "'distill_coef' was removed; it is replaced by the regression onto plans (planner.max_kl).",
+        "'distill_coef' was removed; it is replaced by the regression onto plans (planner.max_learning_kl).",
     ),
     "section of an earlier version": (
         (*TWO, "agent.algorithm.value_gradient.steps_per_iteration=0"),
-        "'value_gradient' was removed; it is replaced by planner and world_model (planner.max_kl=0 switches",
+        "'value_gradient' was removed; it is replaced by planner and world_model (planner.max_learning_kl=0 switches",
     ),
     "graph of a GPU on a CPU": ((*WALKER, "agent.algorithm.planner.cuda_graph=true"), "needs a CUDA device"),
     "wrong kind": ((*WALKER, "agent.algorithm.planner.horizon=x"), "expects an integer"),

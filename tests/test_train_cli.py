@@ -60,15 +60,15 @@ MISTAKES = {
     ),
     "section of an earlier version": (
         (*ANT, "agent.algorithm.value_gradient.steps_per_iteration=0"),
-        "'value_gradient' was removed; it is replaced by planner and world_model (planner.max_kl=0 switches",
+        "'value_gradient' was removed; it is replaced by planner and world_model (planner.max_learning_kl=0 switches",
     ),
     "plans without a trained model": ((*ANT, UNTRAINED), "set, for example, world_model.steps_per_iteration=40"),
     "a planner without a trained model": (
-        (*ANT, UNTRAINED, "agent.algorithm.planner.max_kl=0.0"),
+        (*ANT, UNTRAINED, "agent.algorithm.planner.max_learning_kl=0.0"),
         "planner.share is 0.25, but the world model that it needs is not trained",
     ),
     "a bonus without a trained model": (
-        (*ANT, UNTRAINED, "agent.algorithm.planner.max_kl=0.0", "agent.algorithm.planner.share=0.0"),
+        (*ANT, UNTRAINED, "agent.algorithm.planner.max_learning_kl=0.0", "agent.algorithm.planner.share=0.0"),
         "bonus.size is 0.15, but the world model that it needs is not trained",
     ),
     "no environments": ((*ANT, "--num_envs", "0"), "at least 1, got 0"),
@@ -199,7 +199,7 @@ SMALL = ("--num_envs", "16", "--max_iterations", "2", "--device", "cpu", "--seed
 # without the gradient's gate, all environments act by plans from the first step on
 PLANNING = (
     "agent.algorithm.planner.share=1.0",
-    "agent.algorithm.planner.max_kl=0.0",
+    "agent.algorithm.planner.max_learning_kl=0.0",
     "agent.algorithm.world_model.steps_per_iteration=4",
     "agent.algorithm.world_model.extra_steps=20",
 )
@@ -263,7 +263,7 @@ def test_the_planner_took_part_in_the_compared_runs(runs):
 def test_launcher_prints_what_it_chose(runs):
     m3po, ppo = runs["m3po, our script"].result.stdout, runs["ppo, our backend"].result.stdout
     preset = AlgorithmCfg()
-    preset.planner.share, preset.planner.max_kl, preset.world_model.steps_per_iteration = 1.0, 0.0, 4
+    preset.planner.share, preset.planner.max_learning_kl, preset.world_model.steps_per_iteration = 1.0, 0.0, 4
     assert describe(preset, "default", "cpu") in m3po
     for stdout, num_steps in ((m3po, 8), (ppo, 16)):
         assert "[m3po] device: cpu, torch threads: 1 (OMP_NUM_THREADS)" in stdout
@@ -287,7 +287,7 @@ def test_manifest_records_the_run(runs):
     assert manifest["versions"]["isaaclab"] == "3.0.0"
     assert manifest["command"][1:3] == ["--task", "Isaac-Cartpole-v0"]
     assert manifest["overrides"] == list(PLANNING)
-    assert manifest["configuration"]["agent"]["algorithm"]["planner"]["max_kl"] == 0.0
+    assert manifest["configuration"]["agent"]["algorithm"]["planner"]["max_learning_kl"] == 0.0
     assert manifest["configuration"]["env"]["scene"]["num_envs"] == 16
     assert "environ" not in json.dumps(manifest["command"])
 

@@ -479,7 +479,7 @@ def test_explained_variance_keeps_tasks_apart():
         ({"horizon": 9}, "horizon .9. exceeds the 8 steps"),
         ({"batch_size": 0}, "world_model.batch_size must be at least 1"),
         ({"replay_transitions": -1}, "replay_transitions must not be negative"),
-        ({"steps_per_iteration": 0}, "max_kl is 0.06, but the world model.*set, for example, world_model.steps_per"),
+        ({"steps_per_iteration": 0}, "max_learning_kl is 0.06, but the world model.*set, for example, world_model.ste"),
     ],
 )
 def test_wrong_settings_are_refused(change, message):

@@ -131,7 +131,7 @@ class StockRunner(OnPolicyRunner):
 def others(rank: int) -> dict[str, torch.Tensor]:
     """Policies of M3PO under rsl_rl's runner, and of rsl_rl's PPO under ours, for one task and for two."""
     ppo = {"class_name": "PPO", "num_mini_batches": 2}
-    several = config() | {"algorithm": ppo | {"class_name": "m3po.algorithms.ppo:PPO", "gamma": 0.97}}
+    several = config() | {"algorithm": ppo | {"class_name": "m3po.baselines.ppo:PPO", "gamma": 0.97}}
     several |= {name: several[name] | {"embedding_dim": 4} for name in ("actor", "critic")}
     runs = {
         "M3PO, stock runner": StockRunner(SharedPoint(16, 16 * rank), config()),

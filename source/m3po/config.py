@@ -29,8 +29,8 @@ class WorldModelCfg:
     """Whether the observation is part of the latent; without it, the latent is purely learnt, and has heads of its own
     for value and policy."""
 
-    features: int = 32
-    """Learnt dimensions of the latent; a multiple of 8."""
+    features: int = 0
+    """Learnt dimensions of the latent beside the observation; a multiple of 8. 0: the observation is the latent."""
 
     width: int = 256
     """Units of each hidden layer; the anchored form's encoder has a quarter of them."""
@@ -67,7 +67,7 @@ class PlannerCfg:
     average_horizons: bool = True
     """Whether the imagined return is the mean over 1 to H steps; otherwise that of H steps, as in the paper."""
 
-    max_kl: float = 0.06
+    max_learning_kl: float = 0.06
     """Trust region of plans that are learnt from: their mean KL to the policy, nats. 0: none are made."""
 
     full_gain: float = 0.06
@@ -180,15 +180,16 @@ class AlgorithmCfg:
     max_grad_norm: float = 1.0
     """Gradient clipping threshold of policy, critic and world model, each."""
 
-    std_learning_rate: float = 2e-3
-    """Adam's step size of the action std. 0: it follows the policy's, as in rsl_rl."""
+    std_learning_rate: float = 4e-3
+    """Adam's step size of the logarithm of the action std. 0: it follows the policy's, as in rsl_rl."""
 
     policy_average_decay: float = 0.8
     """Evaluations, ``play.py`` and exports act with the exponential moving average of the policy's weights over
     iterations, with this decay. 0: with the newest policy, which collects rollouts."""
 
-    schedule: str = "adaptive"
-    """``adaptive``: the policy's step size follows :attr:`desired_kl`; ``fixed``."""
+    schedule: str = "measured"
+    """``measured``: the policy's step size follows :attr:`desired_kl`, whose used part follows what updates were worth
+    on the rollout after them; ``adaptive``: it follows :attr:`desired_kl` alone, as in rsl_rl; ``fixed``."""
 
     desired_kl: float = 0.06
     """KL budget of an update, nats: the plans' share of it first, PPO gets the rest."""
@@ -229,8 +230,8 @@ COMPONENTS = {
 
 REMOVED = {
     "AlgorithmCfg": {
-        "value_gradient": "planner and world_model (planner.max_kl=0 switches the value gradient off)",
-        "distill_coef": "the regression onto plans (planner.max_kl)",
+        "value_gradient": "planner and world_model (planner.max_learning_kl=0 switches the value gradient off)",
+        "distill_coef": "the regression onto plans (planner.max_learning_kl)",
         "normalize_values": "nothing: values are always in units of the task",
         "critic_min_learning_rate": "learning_rate",
         "restore_after": "nothing: it is 5",
@@ -253,6 +254,7 @@ REMOVED = {
     },
     "PlannerCfg": {
         "num_prior_samples": "num_policy_samples",
+        "max_kl": "max_acting_kl (plans that are acted on) and max_learning_kl (plans that are learnt from)",
         **dict.fromkeys(("max_noise", "min_std", "chunk_rows"), "nothing: it is a constant"),
         **dict.fromkeys(("stages", "min_skill", "min_reward_ev"), "nothing: the share follows the realised gain"),
         "epilogues": "nothing",

@@ -44,7 +44,7 @@ def paper() -> AlgorithmCfg:
         ),
         planner=PlannerCfg(
             average_horizons=False,
-            max_kl=0.0,
+            max_learning_kl=0.0,
             max_acting_kl=math.inf,
             share=1.0,
             execution="mppi",
@@ -74,7 +74,7 @@ def sized(cfg: AlgorithmCfg, device: str) -> AlgorithmCfg:
     paper_mode = not cfg.world_model.anchor
     model = dataclasses.replace(
         cfg.world_model,
-        features=512 if paper_mode else 128,
+        features=512 if paper_mode else cfg.world_model.features,
         width=912 if paper_mode else 512,
         task_embedding_dim=96,
         batch_size=1024 if paper_mode else 8192,
@@ -99,11 +99,11 @@ def sized(cfg: AlgorithmCfg, device: str) -> AlgorithmCfg:
 def describe(algorithm: AlgorithmCfg, mode: str, device: str) -> str:
     """Three lines that say what a preset chose; ``mode`` and ``device`` are named in the first."""
     model, planner, critic = algorithm.world_model, algorithm.planner, algorithm.critic_replay
-    latent = f"observation and {model.features} features" if model.anchor else f"{model.features} features"
-    where = "learning and acting" if planner.max_kl > 0 else "acting"
+    parts = ["observation"] * model.anchor + [f"{model.features} features"] * (model.features > 0)
+    where = "learning and acting" if planner.max_learning_kl > 0 else "acting"
     iterations = f"{planner.num_iterations} iteration{'' if planner.num_iterations == 1 else 's'}"
     return (
-        f"[m3po] preset: {mode}, {device} (latent: {latent}, width {model.width}; "
+        f"[m3po] preset: {mode}, {device} (latent: {' and '.join(parts)}, width {model.width}; "
         f"{model.steps_per_iteration} model and {critic.steps_per_iteration} critic steps per rollout)\n"
         f"[m3po] planner: while {where}, horizon {planner.horizon}, {planner.num_samples} candidates x {iterations}, "
         f"at most {planner.share:.0%} of the environments\n"
@@ -157,7 +157,7 @@ def ppo_runner_cfg(multi_task: bool, device: str) -> dict[str, Any]:
     The critic's loss is not clipped: rsl_rl clips values to changes of 0.2 per update, and returns here are up to 200.
 
     Args:
-        multi_task: Whether policy and critic are conditioned on the task (:mod:`m3po.algorithms.ppo`).
+        multi_task: Whether policy and critic are conditioned on the task (:mod:`m3po.baselines.ppo`).
         device: Torch device name.
 
     Returns:

@@ -37,7 +37,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("planner.precision", planner.precision, ("float32", "bfloat16")),
         ("ratio", cfg.ratio, ("decoupled", "prior")),
         ("advantage", cfg.advantage, ("gae", "vtrace")),
-        ("schedule", cfg.schedule, ("adaptive", "fixed")),
+        ("schedule", cfg.schedule, ("measured", "adaptive", "fixed")),
     )
     for name, value, allowed in choices:
         require(value in allowed, f"{name} must be one of {', '.join(allowed)}, got '{value}'.")
@@ -62,7 +62,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("world_model.extra_steps", model.extra_steps),
         ("world_model.replay_transitions", model.replay_transitions),
         ("world_model.learning_rate", model.learning_rate),
-        ("planner.max_kl", planner.max_kl),
+        ("planner.max_learning_kl", planner.max_learning_kl),
         ("planner.max_acting_kl", planner.max_acting_kl),
         ("planner.num_states", planner.num_states),
         ("planner.num_policy_samples", planner.num_policy_samples),
@@ -98,8 +98,8 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         "the critic would learn nothing: value_loss_coef is 0 and so is critic_replay.steps_per_iteration.",
     )
     if model.steps_per_iteration == 0:
-        needs = (("planner.max_kl", planner.max_kl), ("planner.share", planner.share), ("bonus.size", bonus.size))
-        for name, value in needs:
+        learning_kl = ("planner.max_learning_kl", planner.max_learning_kl)
+        for name, value in (learning_kl, ("planner.share", planner.share), ("bonus.size", bonus.size)):
             message = f"{name} is {value}, but the world model that it needs is not trained: set, for example, "
             require(value == 0, f"{message}world_model.steps_per_iteration=40.")
     require(

@@ -77,7 +77,7 @@ class Behaviour:
         self._fallbacks, self._plans = torch.zeros_like(tasks.ids), 0
         self._rows = [(tasks.ids == k).nonzero().squeeze(-1) for k in range(tasks.count)]
         self._first = [0] * tasks.count
-        self._choose(torch.zeros(tasks.count) if cfg.max_kl > 0.0 else torch.ones(tasks.count))
+        self._choose(torch.zeros(tasks.count) if cfg.max_learning_kl > 0.0 else torch.ones(tasks.count))
 
     def _choose(self, part: torch.Tensor) -> None:
         """Set :attr:`planned_ids`, a part (K,) of the largest share, until the next call.
@@ -145,7 +145,7 @@ class Behaviour:
         """Plans of n environments, and where they are finite, (n,)."""
         z, mask = self.objective.encode(obs, task), self.tasks.action_mask[task]
         shift = torch.zeros_like(mu)
-        if self.cfg.max_kl > 0.0:
+        if self.cfg.max_learning_kl > 0.0:
             radius = min((2.0 * self.cfg.max_acting_kl) ** 0.5, MAX_NOISE)
             shift = self.objective.gradient(z, mu, sigma, task) * mask / self.gates.gradient_size[task].unsqueeze(-1)
             shift = shift * radius / shift.norm(dim=-1, keepdim=True).clamp_min(1.0)
@@ -172,7 +172,7 @@ class Behaviour:
         self.refresh()
         for k, rows in enumerate(self._rows):
             self._first[k] = (self._first[k] + self._count[k]) % max(1, len(rows))
-        self._choose(self.gates.acting(self.cfg.full_gain if self.cfg.max_kl > 0.0 else 0.0).cpu())
+        self._choose(self.gates.acting(self.cfg.full_gain if self.cfg.max_learning_kl > 0.0 else 0.0).cpu())
 
     def state_dict(self) -> dict:
         """What :meth:`load_state_dict` needs, as plain values."""

@@ -6,7 +6,7 @@ import torch
 
 from m3po import distributed
 from m3po.algorithms.gates import Gates
-from m3po.algorithms.statistics import explained_variance, mean_per_task
+from m3po.algorithms.statistics import count_per_task, explained_variance, mean_per_task
 from m3po.storage import RolloutStorage
 
 
@@ -51,8 +51,7 @@ def measure_realised_gain(rollout: RolloutStorage, gates: Gates) -> dict[str, fl
     advantages, task, count = rollout.advantages, rollout.task, len(gates.realised)
     groups = [rollout.planned & ~rollout.lost, ~rollout.planned & ~rollout.lost]
     planned, others = (mean_per_task(advantages, group, task, count) for group in groups)
-    zeros = torch.zeros(count, device=advantages.device)
-    steps = [distributed.total(zeros.index_add(0, task.flatten(), group.flatten().to(zeros.dtype))) for group in groups]
+    steps = [count_per_task(group, task, count) for group in groups]
     both = (steps[0] > 0) & (steps[1] > 0)
     realised = torch.where(both, planned - others, 0.0)
     gates.update_realised(realised, torch.where(both, steps[0], 0.0))

@@ -4,6 +4,7 @@
 |---|---|---|
 | plans | how much real advantages rise along the model's gradient | their length; steps of the world model |
 | plans that are acted on | advantage of planned environments over the others | share of the environments |
+| PPO's update, and plans | what the newest update was worth on the rollout after it | their KL budgets |
 | bonus | share of episodes with a reward | its weight |
 """
 
@@ -29,6 +30,16 @@ LEAST_SHARE = 0.125
 REWARDED_RATE, REWARDED_ENOUGH = 0.1, 0.2
 """Weight of a rollout in the running share of rewarded trajectories, and the share that needs no bonus."""
 
+BUDGET_RATE, BUDGET_STEPS = 1.0, 4096
+"""Change of the logarithm of a KL budget, per slope that a rollout of so many steps shows. A smaller rollout weighs by
+the square root: the noise of a slope, and so of the budgets, is the same then."""
+
+LEAST_BUDGET = 1.0 / 32.0
+"""Smallest part of a KL budget."""
+
+LARGEST_SLOPE = 0.2
+"""Bound of the slope that a single rollout shows."""
+
 LEAST_MODEL_STEPS = 0.25
 """Part of the world model's steps that is taken while its gradient is worth nothing."""
 
@@ -45,6 +56,10 @@ class Gates(nn.Module):
         """Root mean square of the gradients at the observations of the newest rollout, reward units per std."""
         self.register_buffer("realised", torch.full((num_tasks,), FULL_REALISED))
         """Advantage of planned environments over the others, in its stds."""
+        self.register_buffer("ppo_budget", torch.ones(num_tasks))
+        """Part of the KL budget that PPO's update may use."""
+        self.register_buffer("plan_budget", torch.ones(num_tasks))
+        """Part of their trust region that plans may use, before :meth:`trust`."""
         self.register_buffer("rewarded", torch.zeros(num_tasks))
         """Share of recent trajectories with a reward."""
 
@@ -73,6 +88,19 @@ class Gates(nn.Module):
         self.gain.lerp_(gain.nan_to_num(0.0, 0.0, 0.0), weight * (steps > 0))
 
     @torch.no_grad()
+    def update_budget(self, part: str, slope: torch.Tensor, steps: torch.Tensor) -> None:
+        """Let the budget of a part of the update grow while the return still rises at the end of its steps.
+
+        Args:
+            part: ``ppo`` or ``plan``.
+            slope: Slope of the advantage there, along the step, in stds per std of the action, (K,).
+            steps: Steps that this was measured on, (K,).
+        """
+        slope = slope.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
+        change = BUDGET_RATE * slope * (steps / BUDGET_STEPS).clamp(max=1.0).sqrt()
+        getattr(self, f"{part}_budget").mul_(change.exp()).clamp_(LEAST_BUDGET, 1.0)
+
+    @torch.no_grad()
     def update_realised(self, realised: torch.Tensor, planned_steps: torch.Tensor) -> None:
         """Take in the realised gain (K,) of a rollout with so many planned steps (K,); 0: none can be told."""
         weight = REALISED_RATE * (planned_steps / REALISED_STEPS).clamp(max=1.0)
@@ -85,5 +113,6 @@ class Gates(nn.Module):
 
     def metrics(self) -> dict[str, float]:
         """The state of the gates, means over the tasks, for the report."""
-        state = {"gain": self.gain, "realised": self.realised, "rewarded": self.rewarded}
+        names = ("gain", "realised", "rewarded", "ppo_budget", "plan_budget")
+        state = {name: getattr(self, name) for name in names}
         return {f"gate/{name}": value.mean().item() for name, value in state.items()}

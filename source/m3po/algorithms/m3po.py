@@ -32,6 +32,7 @@ from m3po.algorithms.policy_average import PolicyAverage
 from m3po.algorithms.policy_learning import PolicyLearner
 from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.algorithms.tasks import Tasks
+from m3po.algorithms.update_gain import UpdateGain
 from m3po.config import AlgorithmCfg
 from m3po.models import WorldModel
 from m3po.planning import Objective
@@ -90,6 +91,7 @@ class M3PO(CheckpointParts):
         self.model_learner = ModelLearner(objective, policy, self.gates, tasks, cfg)
         self.bonus = ExplorationBonus(objective, self.gates, tasks, cfg.bonus, seed)
         self.average = PolicyAverage(actor, cfg.policy_average_decay)
+        self.update_gain = UpdateGain(actor, self.gates, cfg.schedule)
         self.stopwatch = Stopwatch(device)
         self.metrics: dict[str, float] = {}
 
@@ -159,8 +161,10 @@ class M3PO(CheckpointParts):
             metrics |= self._measure()
             metrics |= self.bonus.add(st, replay, advantage_std, self.iteration / self.max_iterations)  # (4)-(7)
             plans, found = self.plan_learner.plan(st, replay, self.iteration)  # (2)-(3)
-            self.policy_learner.reserve_kl(plans.expected_kl if plans else 0.0)
+            self.update_gain.keep("ppo")
+            self.policy_learner.reserve_kl(plans.expected_kl if plans else 0.0, self.gates.ppo_budget)
             losses |= self.policy_learner.train(st)  # (8)-(9)
+            self.update_gain.keep("plan")
             metrics |= found | self.plan_learner.regress(plans, replay.generator)
         with self.stopwatch.section("update_model"):
             self._update_statistics()
@@ -185,6 +189,7 @@ class M3PO(CheckpointParts):
         st, units = self.storage, self.estimator.units(self.storage.task)
         metrics = behaviour_metrics(st, units, self.tasks.count, self.cfg.planner.execution)
         metrics |= measure_realised_gain(st, self.gates)
+        metrics |= self.update_gain.measure(st)
         metrics |= self.model_learner.measure(st) if self.learns_model else {}
         return metrics | distributed.means({"planner/fallback": self.behaviour.read_fallbacks()}, self.device)
 

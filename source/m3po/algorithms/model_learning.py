@@ -43,7 +43,7 @@ class ModelLearner:
         self.objective, self.model, self.policy = objective, objective.model, policy
         self.gates, self.tasks, self.cfg = gates, tasks, cfg.world_model
         self.full_gain, self.replay_ratio = cfg.planner.full_gain, cfg.replay_ratio
-        self.plans = cfg.planner.max_kl > 0.0
+        self.plans = cfg.planner.max_learning_kl > 0.0
         # Many large steps would move the policy, which reads the task embedding too: the model takes that as given.
         own = [p for name, p in self.model.named_parameters() if name != "task_embedding"]
         self.optimizer = torch.optim.Adam(own, lr=self.cfg.learning_rate, fused=True)

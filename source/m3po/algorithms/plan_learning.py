@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from m3po import distributed
 from m3po.algorithms.gates import Gates
 from m3po.algorithms.policy_outputs import PolicyOutputs
-from m3po.algorithms.statistics import mean_per_task
+from m3po.algorithms.statistics import count_per_task, mean_per_task
 from m3po.algorithms.step_guard import StepGuard
 from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg
@@ -100,7 +100,7 @@ class PlanLearner:
             The plans, ``None`` where none are made, and ``gain``: how much the real advantage rises, in its stds, per
             std of the action along the gradient; ``max_kl``: trust region of these plans, nats.
         """
-        if self.cfg.max_kl == 0.0:
+        if self.cfg.max_learning_kl == 0.0:
             return None, {}
         count, own, kept = self.tasks.count, st.task.flatten(), ~st.lost.flatten()
         obs, task, real = self._observations(st, replay)
@@ -113,10 +113,11 @@ class PlanLearner:
         noise = ((st.actions - st.mean) / st.std).flatten(0, 1)
         along = (direction[: len(own)] * noise).sum(-1)
         gain = mean_per_task(along * st.advantages.flatten(), kept, own, count)
-        steps = distributed.total(torch.zeros_like(gain).index_add(0, own, kept.to(gain.dtype)))
+        steps = count_per_task(kept, own, count)
         self.gates.update_gain(gain, steps, iteration)
         self.gates.gradient_size.copy_(torch.where(steps > 0, size, self.gates.gradient_size))
-        radius = (2.0 * self.cfg.max_kl) ** 0.5 * self.gates.trust(self.cfg.full_gain)
+        budget = self.cfg.max_learning_kl * self.gates.plan_budget
+        radius = (2.0 * budget).sqrt() * self.gates.trust(self.cfg.full_gain)
         shift = direction * radius[task].unsqueeze(-1)
         weight = (real & (radius > 0.0)[task]).to(radius.dtype)
         max_kl = 0.5 * radius.square().mean().item()

@@ -21,6 +21,9 @@ from m3po.config import AlgorithmCfg
 from m3po.models.task_policy import TaskMLPModel
 from m3po.storage import RolloutStorage
 
+LEAST_STD, LEAST_PART = 0.2, 0.4
+"""Smallest std of the actions, and its largest part of the first std: what an update gains shrinks with its square."""
+
 
 class PolicyLearner:
     """Trains policy and critic on the current rollout (8)-(9)."""
@@ -42,7 +45,6 @@ class PolicyLearner:
         """
         self.actor, self.critic, self.cfg, self.units = actor, critic, cfg, units
         self.learning_rate = cfg.learning_rate
-        self.reserve_kl(0.0)
         heads = list(actor.task_head.parameters()) if isinstance(actor, TaskMLPModel) else []
         self.task_rates = torch.full((len(heads[0]),), cfg.learning_rate) if heads else torch.empty(0)
         """Step size of each task's output layer of the policy, (K,), on the host; empty where there are none."""
@@ -65,11 +67,27 @@ class PolicyLearner:
         networks = (actor, critic) if self.learns_values else (actor,)
         clipped = [list(network.parameters()) for network in networks]
         self.guard = StepGuard("policy", self.optimizer, (actor, critic), cfg.max_grad_norm, clipped)
+        self._is_log = getattr(actor.distribution, "std_type", "log") == "log"
+        first = [p.detach().clone() for p in std]
+        first = [p.exp() if self._is_log else p for p in first]
+        least = [(LEAST_PART * p).clamp(max=LEAST_STD) for p in first]
+        self._least_std = [p.log() if self._is_log else p for p in least]
+        self.reserve_kl(0.0, torch.ones(max(1, len(self.task_rates))))
         self._set_learning_rate(cfg.learning_rate)
 
-    def reserve_kl(self, kl: float) -> None:
-        """Reserve a part of the KL budget for the plans, nats; PPO gets the rest, and at least a quarter."""
-        self.desired_kl = max(self.cfg.desired_kl - kl, 0.25 * self.cfg.desired_kl)
+    def reserve_kl(self, kl: float, budget: torch.Tensor) -> None:
+        """Set how far the next update goes.
+
+        Args:
+            kl: Part of the KL budget that is reserved for the plans, nats; PPO gets the rest, and at least a quarter.
+            budget: Part of that which an update of each task is worth, (K,).
+        """
+        rest = max(self.cfg.desired_kl - kl, 0.25 * self.cfg.desired_kl)
+        self.desired_kls = [rest * part for part in budget.tolist()]
+        self.budget = budget.mean().item()
+        std = self.parameters("std")
+        # The step size is that of the logarithm, however the std is written.
+        self.std_unit = 1.0 if self._is_log or not std else std[0].mean().item()
 
     def train(self, rollout: RolloutStorage) -> dict[str, float]:
         """Run all epochs. Returns the mean of each loss, and the share of clipped ratios in the first epoch."""
@@ -99,13 +117,15 @@ class PolicyLearner:
             share = (self.task_rates / self.task_rates.max()).to(heads[0].device)
             for parameter, old in zip(heads, before, strict=True):
                 parameter.data.copy_(torch.lerp(old, parameter.data, share.view(-1, *[1] * (old.dim() - 1))))
+        for parameter, least in zip(self.parameters("std"), self._least_std, strict=True):
+            parameter.data.clamp_(min=least)
 
     def _losses(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Loss terms of a mini-batch, and its share of clipped ratios. Adapts the learning rate on the way."""
         cfg = self.cfg
         self.actor(batch["obs"], stochastic_output=True)
         mean, std = self.actor.output_distribution_params
-        if cfg.schedule == "adaptive":
+        if cfg.schedule != "fixed":
             self._adapt_learning_rates((batch["mean"], batch["std"]), (mean, std), batch["task"])
         surrogate, clipped = surrogate_loss(
             self.actor.get_output_log_prob(batch["actions"]),
@@ -131,16 +151,19 @@ class PolicyLearner:
         if len(self.task_rates):
             everywhere = torch.ones_like(kl, dtype=torch.bool)
             of_tasks = mean_per_task(kl, everywhere, task, len(self.task_rates)).tolist()
-            rates = [self._adapted(*pair) for pair in zip(self.task_rates.tolist(), of_tasks, strict=True)]
+            pairs = zip(self.task_rates.tolist(), of_tasks, self.desired_kls, strict=True)
+            rates = [self._adapted(*pair) for pair in pairs]
             self.task_rates = torch.tensor(rates)
         kl = distributed.mean(kl.mean(), weight=len(kl))
-        self._set_learning_rate(self._adapted(self.learning_rate, kl))
+        desired_kl = sum(self.desired_kls) / len(self.desired_kls)
+        self._set_learning_rate(self._adapted(self.learning_rate, kl, desired_kl))
 
-    def _adapted(self, rate: float, kl: float | torch.Tensor) -> float:
+    @staticmethod
+    def _adapted(rate: float, kl: float | torch.Tensor, desired_kl: float) -> float:
         """A step size after an update of some KL; one of exactly 0 says nothing."""
-        if kl > 2.0 * self.desired_kl:
+        if kl > 2.0 * desired_kl:
             return max(1e-5, rate / 1.5)
-        if 0.0 < kl < 0.5 * self.desired_kl:
+        if 0.0 < kl < 0.5 * desired_kl:
             return min(1e-2, rate * 1.5)
         return rate
 
@@ -149,7 +172,7 @@ class PolicyLearner:
         rates = {
             "policy": rate,
             "critic": max(rate, self.cfg.learning_rate),
-            "std": self.cfg.std_learning_rate,
+            "std": self.cfg.std_learning_rate * self.std_unit * self.budget**0.5,
         }
         if len(self.task_rates):
             rates["heads"] = self.task_rates.max().item()

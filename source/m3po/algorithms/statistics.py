@@ -28,6 +28,12 @@ def mean_per_task(x: torch.Tensor, mask: torch.Tensor, task: torch.Tensor, num_t
     return means if is_vector else means.squeeze(-1)
 
 
+def count_per_task(mask: torch.Tensor, task: torch.Tensor, num_tasks: int) -> torch.Tensor:
+    """Number of the masked elements of each task over all processes, (K,); both arguments have the same shape."""
+    task, weight = task.flatten(), mask.flatten().to(torch.get_default_dtype())
+    return distributed.total(torch.zeros(num_tasks, device=task.device).index_add(0, task, weight))
+
+
 def explained_variance(
     predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, task: torch.Tensor, num_tasks: int
 ) -> torch.Tensor:

@@ -18,7 +18,7 @@ from rsl_rl.env import VecEnv
 
 from m3po import distributed
 from m3po.algorithms.construction import check_cfg
-from m3po.algorithms.ppo import check_ppo_cfg
+from m3po.baselines.ppo import check_ppo_cfg
 from m3po.cli.arguments import at_least, check_device
 from m3po.cli.overrides import assign, parse_value
 from m3po.envs.absent import AbsentEnv
@@ -163,7 +163,7 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
     num_steps, share = train_cfg["num_steps_per_env"], train_cfg["quarantine_share"]
     if args.algo == "ppo":
         check_ppo_cfg(train_cfg["algorithm"], sum(sizes), num_steps, share)
-        train_cfg["algorithm"]["class_name"] = "m3po.algorithms.ppo:PPO" if multi_task else "PPO"
+        train_cfg["algorithm"]["class_name"] = "m3po.baselines.ppo:PPO" if multi_task else "PPO"
     else:
         check_cfg(train_cfg["algorithm"], sum(sizes), num_steps, device, share=share)
         train_cfg["algorithm"] = dataclasses.asdict(train_cfg["algorithm"]) | {"class_name": "m3po.algorithms:M3PO"}

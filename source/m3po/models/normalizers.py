@@ -75,10 +75,10 @@ class TaskNormalizer(nn.Module):
 
 
 class RewardStatistics(nn.Module):
-    """Per-task reward scale, reward of a fall, and how often falls happen."""
+    """Per-task reward scale, and reward of a fall."""
 
     def __init__(self, num_tasks: int, memory: float = math.inf) -> None:
-        """Start at scale 1, terminal reward 0, termination rate 0.
+        """Start at scale 1, terminal reward 0.
 
         Args:
             num_tasks: Tasks K.
@@ -88,7 +88,6 @@ class RewardStatistics(nn.Module):
         self.memory = memory
         self.register_buffer("square", torch.ones(num_tasks))
         self.register_buffer("terminal", torch.zeros(num_tasks))
-        self.register_buffer("rate", torch.zeros(num_tasks))
         self.register_buffer("count", torch.zeros(num_tasks))
         self.register_buffer("falls", torch.zeros(num_tasks))
 
@@ -110,7 +109,6 @@ class RewardStatistics(nn.Module):
             self.square[k] += (
                 n_alive / (seen_alive + n_alive).clamp_min(1) * (squares / n_alive.clamp_min(1) - self.square[k])
             )
-            self.rate[k] += n / (self.count[k] + n).clamp_min(1) * (n_fallen / n.clamp_min(1) - self.rate[k])
             self.terminal[k] += (
                 n_fallen
                 / (self.falls[k] + n_fallen).clamp_min(1)

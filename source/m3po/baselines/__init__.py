@@ -1,0 +1,1 @@
+"""What M3PO is compared with."""
