@@ -30,6 +30,7 @@ from m3po.algorithms.gates import Gates
 from m3po.algorithms.model_learning import ModelLearner
 from m3po.algorithms.plan_learning import LARGEST_SHIFT
 from m3po.algorithms.policy_outputs import PolicyOutputs
+from m3po.algorithms.returns import gae
 from m3po.algorithms.statistics import mean_per_task
 from m3po.algorithms.tasks import Tasks
 from m3po.cli.arguments import guarded
@@ -46,6 +47,9 @@ UNSEEN_STEPS = 24_576
 
 FIELDS = ("next_obs_valid", "rewards", "terminated", "dones", "lost", "actions", "mean", "std", "advantages", "task")
 """What is kept of each unseen rollout, beside the observations."""
+
+FAR_LAMBDA, FAR_STEPS = 0.95, 24
+"""Lambda of the far advantages, and how many steps must be known after one that is judged by them."""
 
 ACTING_KL = 0.3
 """KL of the plans whose realised gain is estimated, nats."""
@@ -170,8 +174,9 @@ def probe(recording: Recording, variant: dict[str, Any], steps: list[int], seed:
 
     Returns:
         ``gain``: rise of the standardised advantage along the gradient, per std of the action, mean over the tasks, and
-        its standard error ``gain_se``; ``realised``: advantage that plans of :data:`ACTING_KL` would have, by
-        importance sampling, and ``realised_se``; ``skill`` of the prediction; ``ms_per_step`` of training.
+        its standard error ``gain_se``; ``far_gain``: the same with advantages along all unseen steps instead of the
+        few of a rollout, which end in the critic's own values; ``realised``: advantage that plans of :data:`ACTING_KL`
+        would have, by importance sampling; ``skill`` of the prediction; ``ms_per_step`` of training.
     """
     cfg = replace(recording.cfg, world_model=replace(recording.cfg.world_model, **variant))
     objective, policy, replay = recording.build(cfg, seed)
@@ -211,10 +216,12 @@ def measure(recording: Recording, objective: Objective, policy: PolicyOutputs) -
     shift = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1.0) * (2.0 * ACTING_KL) ** 0.5
     ratio = torch.exp((shift * noise).sum(-1) - 0.5 * shift.square().sum(-1))
     result = {}
-    for name, x in (("gain", along), ("realised", advantages * (ratio - 1.0))):
-        mean_x = mean_per_task(x, kept, task, tasks.count)
-        spread = mean_per_task((x - mean_x[task]).square(), kept, task, tasks.count)
-        count = torch.bincount(task[kept], minlength=tasks.count)
+    far, known_far = _far_advantages(recording, objective)
+    judged = (("gain", along, kept), ("far_gain", (direction * noise).sum(-1) * far, kept & known_far))
+    for name, x, rows in (*judged, ("realised", advantages * (ratio - 1.0), kept)):
+        mean_x = mean_per_task(x, rows, task, tasks.count)
+        spread = mean_per_task((x - mean_x[task]).square(), rows, task, tasks.count)
+        count = torch.bincount(task[rows], minlength=tasks.count)
         result[name] = mean_x.mean().item()
         result[f"{name}_se"] = ((spread / count).sum().sqrt() / tasks.count).item()
     with torch.no_grad():
@@ -232,6 +239,25 @@ def measure(recording: Recording, objective: Objective, policy: PolicyOutputs) -
             mean_per_task(x.clamp(-5, 5).square().mean(-1), known, task, tasks.count) for x in (off, change)
         )
     return result | {"skill": (1.0 - error / still.clamp_min(1e-12)).mean().item()}
+
+
+@torch.no_grad()
+def _far_advantages(recording: Recording, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages along all unseen steps, standardised per task, and which of them are judged, (B,) each."""
+    st, tasks = recording.unseen, recording.tasks
+    shape, task = st["task"].shape, st["task"].flatten()
+    parts = [{group: x.flatten(0, 1) for group, x in st[name].items()} for name in ("obs", "next_obs")]
+    values, next_values = (
+        objective.values(TensorDict(groups, batch_size=task.shape), task).view(shape) for groups in parts
+    )
+    ends = (st["terminated"], st["dones"] | st["lost"])
+    gamma = tasks.discounts[st["task"][0]]
+    _, far = gae(st["rewards"], values, next_values.nan_to_num(), *ends, gamma, FAR_LAMBDA)
+    judged = (torch.arange(shape[0]) < max(1, shape[0] - FAR_STEPS)).unsqueeze(1).expand(shape)
+    rows = (judged & ~st["lost"]).flatten()
+    far = far.flatten() - mean_per_task(far.flatten(), rows, task, tasks.count)[task]
+    std = mean_per_task(far.square(), rows, task, tasks.count).sqrt().clamp_min(1e-12)
+    return far / std[task], rows
 
 
 def main(argv: list[str]) -> int:
@@ -272,6 +298,7 @@ def main(argv: list[str]) -> int:
                         print(
                             f"{row['task'][:24]:25}{variant:32}{row['steps']:>6}"
                             f"{row['gain']:>8.3f} +-{row['gain_se']:.3f}"
+                            f"{row['far_gain']:>8.3f} +-{row['far_gain_se']:.3f}"
                             f"{row['realised']:>8.3f} +-{row['realised_se']:.3f}{row['skill']:>7.2f}"
                             f"{row['ms_per_step']:>7.1f} ms",
                             flush=True,

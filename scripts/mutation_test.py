@@ -49,7 +49,7 @@ source_paths = ["src"]
 only_mutate = ["src/m3po/{module}.py"]
 also_copy = ["src", "tests", "exts", "tasks", "scripts"]
 pytest_add_cli_args_test_selection = [{tests}]
-pytest_add_cli_args = ["-m", "not sim", "-x"]
+pytest_add_cli_args = ["-m", "not sim and not learning", "-x"]
 """
 
 

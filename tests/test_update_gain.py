@@ -166,6 +166,6 @@ def test_a_task_that_is_learnt_stays_learnt():
     runner.learn(120)
     start, learnt, end = (sum(part) / len(part) for part in (rewards[:3], rewards[30:40], rewards[-20:]))
     assert learnt > 0.2 * start, (start, learnt)
-    assert end > 1.1 * learnt, (learnt, end)
+    assert end > 2.0 * learnt, (learnt, end)
     assert PolicyOutputs(alg.actor)(runner.env.get_observations())[1].min() >= LEAST_STD - 1e-6
-    assert min(alg.gates.ppo_budget.item(), alg.gates.plan_budget.item()) < 0.95
+    assert min(alg.gates.ppo_budget.item(), alg.gates.plan_budget.item()) < 0.99
