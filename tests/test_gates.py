@@ -180,6 +180,15 @@ def test_gates_are_reported_and_part_of_a_checkpoint():
     assert torch.equal(other.gain, gates.gain)
 
 
+def test_the_model_takes_no_more_than_all_of_its_steps():
+    """However much its gradient is worth, and none of its steps are extra where that is half of what is full."""
+    gates = Gates(2)
+    gates.rewarded.fill_(1.0)
+    for gain, part in ((1.0, 1.0), (0.03, 1.0), (0.015, 0.5), (0.0, LEAST_MODEL_STEPS)):
+        gates.gain.copy_(torch.tensor([gain, -1.0]))
+        assert gates.model_steps(0.06) == pytest.approx(part)
+
+
 # -- in training -------------------------------------------------------------------------------------------------------
 
 

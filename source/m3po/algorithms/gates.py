@@ -74,7 +74,7 @@ class Gates(nn.Module):
 
     def unrewarded(self) -> torch.Tensor:
         """How far the episodes of a task are from being rewarded, (K,): 1 if none is, 0 from a fifth of them on."""
-        return (1.0 - self.rewarded / REWARDED_ENOUGH).clamp(0.0, 1.0)
+        return (1.0 - self.rewarded / REWARDED_ENOUGH).clamp(min=0.0)
 
     def model_steps(self, full_gain: float) -> float:
         """Part of the world model's gradient steps that is worth taking."""
