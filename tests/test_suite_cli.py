@@ -226,13 +226,17 @@ def test_suites_update_more_often_and_by_less():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "stds"),
-    [("Isaac-Classic-MT3", 0.5), ("Isaac-Ant-v0,IsaacContrib-Navigation-Flat-AnymalC,walker-walk", [0.5, 0.25, 1.0])],
+    ("tasks", "stds", "own"),
+    [
+        ("Isaac-Classic-MT3", 0.5, 1.0),
+        ("Isaac-Ant-v0,IsaacContrib-Navigation-Flat-AnymalC,walker-walk", [0.5, 0.25, 1.0], [1.0, 0.5, 1.0]),
+    ],
 )
-def test_each_isaac_task_of_a_set_begins_with_the_noise_that_it_has_alone(tasks, stds):
-    """Half of that of the task's own agent; other suites' tasks have none of their own."""
-    job = make_job("--task", tasks, "--device", "cpu")
-    assert job.train_cfg["actor"]["distribution_cfg"]["init_std"] == stds
+def test_each_isaac_task_of_a_set_begins_with_the_noise_that_it_has_alone(tasks, stds, own):
+    """Half of that of the task's own agent, with which PPO and paper mode begin; other suites' tasks have none."""
+    for option, expected in (((), stds), (("--algo", "ppo"), own), (("--agent", PAPER), own)):
+        job = make_job("--task", tasks, "--device", "cpu", *option)
+        assert job.train_cfg["actor"]["distribution_cfg"]["init_std"] == expected
 
 
 # -- lists ------------------------------------------------------------------------------------------------------------

@@ -167,8 +167,13 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
 
 def first_noise(task_cfg: Any) -> float:
     """First std of the actions in the default mode, for a task whose own runner configuration this is."""
+    return FIRST_STD * ppo_noise(task_cfg)
+
+
+def ppo_noise(task_cfg: Any) -> float:
+    """First std of the actions of a task's own agent, whose runner configuration this is."""
     place = _noise(task_cfg)
-    return FIRST_STD * (1.0 if place is None else getattr(*place))
+    return 1.0 if place is None else getattr(*place)
 
 
 def _noise(cfg: Any) -> tuple[Any, str] | None:

@@ -194,8 +194,9 @@ def _train_cfg(
         cfg["algorithm"]["gamma"] = sum(discounts) / len(discounts)  # rsl_rl's PPO has one for all tasks
     elif len(infos) == 1:
         cfg["algorithm"].gamma = discounts[0]
-    deviations = [info.init_std for info in infos]
-    cfg["actor"]["distribution_cfg"]["init_std"] = deviations if len(set(deviations)) > 1 else deviations[0]
+    ours = args.algo == "m3po" and AGENTS[args.agent] == "default"
+    stds = [info.init_std if ours else info.ppo_std for info in infos]
+    cfg["actor"]["distribution_cfg"]["init_std"] = stds if len(set(stds)) > 1 else stds[0]
     names = [info.name for info in infos]
     cfg |= {"seed": seed, "experiment_name": args.experiment_name or _set_name(names), "task": ",".join(names)}
     cfg["algo"] = args.algo

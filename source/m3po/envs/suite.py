@@ -40,7 +40,10 @@ class TaskInfo:
     """Whether ``extras["success"]``, (N,), holds the success of episodes that end in a step; it is the score then."""
 
     init_std: float = 1.0
-    """Deviation of the actions that training begins with."""
+    """Std of the actions that the default mode begins with."""
+
+    ppo_std: float = 1.0
+    """Std of the actions that PPO and the paper mode begin with."""
 
 
 class Suite(Protocol):
