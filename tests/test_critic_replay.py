@@ -66,7 +66,7 @@ def test_returns_are_those_of_a_plain_loop(discounts, trained):
     steps = trajectory(num_steps, num_envs, len(discounts))
     learner = replay(discounts)
     learner.estimator.predict = predict if trained else None
-    found = learner.returns(steps)
+    found, advantages = learner.returns(steps)
     for n in range(num_envs):
         task = int(steps["task"][0, n])
         value = lambda group, t, n=n, task=task: critic(steps[group][t, n]).item() * (1 + task)  # noqa: E731
@@ -89,6 +89,7 @@ def test_returns_are_those_of_a_plain_loop(discounts, trained):
                 ahead = (1 - LAMBDA) * value("obs", t + 1) + LAMBDA * target
                 target = steps["rewards"][t, n].item() + discounts[task] * ahead
             assert found[t, n].item() == pytest.approx(target, abs=1e-5), (t, n)
+            assert advantages[t, n].item() == pytest.approx(target - own, abs=1e-5), (t, n)
 
 
 def test_what_a_lost_environment_showed_reaches_no_other_step():
@@ -98,9 +99,9 @@ def test_what_a_lost_environment_showed_reaches_no_other_step():
         steps[group]["policy"][steps["lost"]] = torch.nan
     kept = ~steps["lost"]
     kept[:-1] &= ~steps["lost"][1:] | steps["dones"][:-1]  # a step that led to a lost one sees its value
-    assert torch.equal(learner.returns(steps)[kept].isfinite(), torch.ones(int(kept.sum()), dtype=torch.bool))
+    assert torch.equal(learner.returns(steps)[0][kept].isfinite(), torch.ones(int(kept.sum()), dtype=torch.bool))
     ended = kept & steps["dones"]
-    assert torch.equal(learner.returns(steps)[ended], learner.returns(clean)[ended])
+    assert torch.equal(learner.returns(steps)[0][ended], learner.returns(clean)[0][ended])
 
 
 def train(iterations: int, seed: int = 0, **algorithm: object) -> M3PORunner:

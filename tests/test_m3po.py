@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 from rsl_rl.runners import OnPolicyRunner
+from test_plan_learning import judged
 from toy_env import PointEnv, runner_cfg
 from toy_gates import open_gates
 
 from m3po.algorithms import M3PO, model_learning
-from m3po.algorithms.behaviour_metrics import behaviour_metrics, measure_realised_gain
+from m3po.algorithms.behaviour_metrics import behaviour_metrics
 from m3po.algorithms.gates import FULL_REALISED, LEAST_SHARE
 from m3po.config import AlgorithmCfg, from_dict
 from m3po.errors import CheckpointError, UserError
@@ -332,11 +333,14 @@ def test_realised_gain_compares_planned_environments_with_the_others():
     st.advantages[:, :4], st.advantages[:, 4:] = 0.5, -0.25
     metrics = behaviour_metrics(st, torch.ones_like(st.values), 1, "projected")
     assert metrics["planner/share"] == 0.25
-    assert measure_realised_gain(st, gates)["planner/realised_gain"] == 0.75
+    assert metrics["planner/realised_gain"] == 0.75
+    algorithm.replay.add(st)
+    assert algorithm.hindsight.measure(judged(algorithm))["planner/lasting_gain"] == 0.75
     known = gates.realised.item()
     assert FULL_REALISED < known < 0.75
     st.planned[:] = True
-    assert measure_realised_gain(st, gates)["planner/realised_gain"] == 0.0
+    assert behaviour_metrics(st, torch.ones_like(st.values), 1, "projected")["planner/realised_gain"] == 0.0
+    assert algorithm.hindsight.measure(judged(algorithm))["planner/lasting_gain"] == 0.0
     assert gates.realised.item() == known  # nothing to compare with says nothing
 
 

@@ -7,6 +7,7 @@ import torch
 from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms import M3PO
+from m3po.algorithms.hindsight import Judged
 from m3po.algorithms.plan_learning import EXPECTED_KL, LARGEST_SHIFT, MOST_KL, RATES, _adapted
 from m3po.algorithms.policy_learning import LEAST_PART, LEAST_STD
 from m3po.algorithms.policy_outputs import PolicyOutputs
@@ -37,6 +38,13 @@ def collect(runner: M3PORunner) -> None:
     alg.estimator.estimate(alg.storage)
 
 
+def judged(alg: M3PO, advantages: torch.Tensor | None = None) -> Judged:
+    """The newest rollout, as if enough steps had followed it; its advantages are those of the storage or given."""
+    st = alg.storage
+    found = st.advantages if advantages is None else advantages
+    return Judged(found, alg.replay.latest(st.num_steps, ("along",))["along"], st.planned, st.lost, st.task)
+
+
 def planned(gain: float, **planner):
     """An algorithm whose gradient has been worth ``gain`` so far, with plans for a new rollout."""
     torch.manual_seed(0)
@@ -45,7 +53,7 @@ def planned(gain: float, **planner):
     collect(runner)
     alg = runner.alg
     alg.gates.gain.fill_(gain)
-    plans, metrics = alg.plan_learner.plan(alg.storage, alg.replay, 3)
+    plans, metrics = alg.plan_learner.plan(alg.storage, alg.replay)
     return alg, plans, metrics
 
 
@@ -103,7 +111,7 @@ def test_plans_at_stored_observations_are_added_to_those_of_the_rollout():
     for num_states, more in ((100, 0), (300, 44), (10_000, 3 * own)):
         learner.num_states = num_states
         alg.gates.gain.fill_(1e3)
-        found, _ = learner.plan(alg.storage, replay, 3)
+        found, _ = learner.plan(alg.storage, replay)
         assert len(found.obs) == len(found.shift) == len(found.weight) == own + more
         # Neither the size nor the worth of the rollout's own depends on the others.
         torch.testing.assert_close(found.shift[:own], plans.shift, rtol=1e-4, atol=1e-6)
@@ -118,7 +126,7 @@ def test_plans_at_stored_observations_are_added_to_those_of_the_rollout():
     assert drawn <= rows(replay.latest(learner.stored_steps)["obs"])
     assert not drawn <= rows(replay.latest(alg.storage.num_steps)["obs"])
     learner.stored_steps = alg.storage.num_steps
-    assert rows(learner.plan(alg.storage, replay, 3)[0].obs) <= rows(replay.latest(alg.storage.num_steps)["obs"])
+    assert rows(learner.plan(alg.storage, replay)[0].obs) <= rows(replay.latest(alg.storage.num_steps)["obs"])
 
 
 def test_the_gradients_size_is_kept_for_plans_that_are_acted_on():
@@ -142,8 +150,7 @@ def test_the_gain_is_what_the_advantages_say():
     direction = gradient / gradient.square().sum(-1).mean().sqrt()
     along = (direction * ((st.actions - st.mean) / st.std).flatten(0, 1)).sum(-1)
     for sign in (1, -1):
-        st.advantages.copy_((sign * along).view_as(st.advantages))
-        gain = alg.plan_learner.plan(st, alg.replay, 3)[1]["plan/gain"]
+        gain = alg.hindsight.measure(judged(alg, (sign * along).view_as(st.advantages)))["plan/gain"]
         assert gain == pytest.approx(sign * along.square().mean().item(), rel=1e-4)
 
 
@@ -153,13 +160,16 @@ def test_a_rollouts_gain_reaches_the_gates_with_the_weight_of_its_steps():
     st = alg.storage
     st.lost[:, :3] = st.any_lost = True
     steps = int((~st.lost).sum())
-    for iteration, weight in ((10_000, 0.2 * steps / 4096), (0, 0.2), (3, 1 / 8)):
+    for before, weight in ((10_000, 0.2 * steps / 4096), (0, 0.2), (3, 1 / 8)):
         alg.gates.gain.fill_(0.5)
-        gain = alg.plan_learner.plan(st, alg.replay, iteration)[1]["plan/gain"]
+        alg.gates.judged.fill_(before)
+        gain = alg.hindsight.measure(judged(alg))["plan/gain"]
+        assert alg.gates.judged.item() == before + 1
         assert alg.gates.gain.item() == pytest.approx(0.5 + weight * (gain - 0.5), rel=1e-4)
     st.lost[:] = True
     before, size = alg.gates.gain.clone(), alg.gates.gradient_size.clone()
-    alg.plan_learner.plan(st, alg.replay, 0)
+    alg.plan_learner.plan(st, alg.replay)
+    alg.hindsight.measure(judged(alg))
     assert torch.equal(alg.gates.gain, before)
     assert torch.equal(alg.gates.gradient_size, size)
 
@@ -264,7 +274,7 @@ def test_a_gradient_that_is_worth_nothing_moves_nothing(gain):
         alg = runner.alg
         alg.objective.gradient = lambda z, mean, std, task: torch.zeros_like(mean)
         collect(runner)
-        plans, metrics = alg.plan_learner.plan(alg.storage, alg.replay, 3)
+        plans, metrics = alg.plan_learner.plan(alg.storage, alg.replay)
     assert metrics["plan/max_kl"] == plans.expected_kl == 0.0
     assert not plans.weight.any()
     before, rate = [p.clone() for p in alg.actor.parameters()], alg.plan_learner.optimizer.param_groups[0]["lr"]
@@ -275,12 +285,12 @@ def test_a_gradient_that_is_worth_nothing_moves_nothing(gain):
 
 def test_without_a_trust_region_no_plans_are_made():
     runner = runner_of(planner={"max_learning_kl": 0.0})
-    runner.learn(2)
-    metrics = runner.alg.metrics
+    runner.learn(6)
+    alg, metrics = runner.alg, runner.alg.metrics
     assert metrics["plan/kl"] == 0.0
-    assert "plan/gain" not in metrics
-    rest = runner.alg.cfg.desired_kl * runner.alg.gates.ppo_budget
-    assert runner.alg.policy_learner.desired_kls == pytest.approx(rest.tolist(), rel=0.1)
+    assert metrics["plan/gain"] == alg.gates.gain == 0.0
+    rest = alg.cfg.desired_kl * alg.gates.ppo_budget
+    assert alg.policy_learner.desired_kls == pytest.approx(rest.tolist(), rel=0.1)
 
 
 def test_plans_have_a_part_of_ppos_trust_region():
@@ -322,7 +332,7 @@ def test_lost_steps_teach_nothing_whatever_they_show(num_states):
         st.repair_lost()
         alg.replay.add(st)
         alg.gates.gain.fill_(1.0)
-        plans, _ = alg.plan_learner.plan(st, alg.replay, 3)
+        plans, _ = alg.plan_learner.plan(st, alg.replay)
         alg.policy_learner.train(st)
         alg.plan_learner.regress(plans, alg.replay.generator)
         alg.model_learner.train(alg.replay, st, 20)
@@ -340,7 +350,7 @@ def test_several_tasks_have_their_own_gains_and_keep_their_dimensions():
     alg = runner.alg
     assert alg.gates.gain.shape == (2,)
     alg.gates.gain.copy_(torch.tensor([1.0, -1.0]))
-    plans, _ = alg.plan_learner.plan(alg.storage, alg.replay, 3)
+    plans, _ = alg.plan_learner.plan(alg.storage, alg.replay)
     near = plans.obs["task"].squeeze(-1) == 0
     assert plans.shift[near, :2].abs().max() > 0
     assert torch.equal(plans.shift[near, 2], torch.zeros_like(plans.shift[near, 2]))

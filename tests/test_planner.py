@@ -9,6 +9,7 @@ from test_objective import build, in_float64
 from torch.distributions import Normal, kl_divergence
 
 from m3po.algorithms.behaviour import Behaviour
+from m3po.algorithms.gates import FULL_REALISED
 from m3po.config import AlgorithmCfg, PlannerCfg
 from m3po.kernels.elites import project_torch
 from m3po.kernels.sampling import philox4x32, planner_noise
@@ -397,6 +398,20 @@ def test_the_gradients_plan_keeps_to_its_trust_region_and_is_finite_without_one(
         length = ((sample.plan_mean - sample.mean) / sample.std).norm(dim=-1)
         radius = min((2.0 * max_acting_kl) ** 0.5, MAX_NOISE)
         torch.testing.assert_close(length, torch.full_like(length, part * radius), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("worth", "part"), [(-1.0, 0.0), (0.0, 0.0), (0.5, 0.5), (3.0, 1.0)])
+def test_played_plans_go_as_far_as_acting_on_them_was_worth(worth, part):
+    alg = build(share=1.0)
+    alg.gates.gain.fill_(1e3)
+    obs, played = alg.storage.obs[0].clone(), []
+    for realised in (1.0, worth):
+        alg.gates.realised.fill_(realised * FULL_REALISED)
+        alg.behaviour.step.zero_()
+        played.append(alg.behaviour.planner_policy(alg.actor)(obs))
+    whole, found = (actions - alg.actor(obs) for actions in played)
+    assert whole.abs().max() > 0.0
+    torch.testing.assert_close(found, part * whole)
 
 
 def test_gaussian_log_prob_is_torchs():

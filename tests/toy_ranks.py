@@ -71,7 +71,7 @@ def config() -> dict[str, Any]:
     cfg = runner_cfg(
         planner=planner,
         world_model={"steps_per_iteration": 20},
-        critic_replay={"steps_per_iteration": 0},
+        critic_replay={"steps_per_iteration": 0, "horizon": 16},  # so that gains are known after two rollouts
         value_loss_coef=1.0,
         num_mini_batches=1,
     )

@@ -83,14 +83,28 @@ class AdvantageEstimator:
         else:
             returns, advantages = vtrace(*episode, st.log_pi - st.log_beta, self.gamma, cfg.lam)
         st.returns.copy_(returns)
+        std = self.standardise(advantages, ~st.lost, st.task)
+        st.advantages.copy_(advantages)
+        return std
+
+    def standardise(self, advantages: torch.Tensor, kept: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Standardise the kept advantages of each task over all processes, in place.
+
+        Args:
+            advantages: Advantages, (T, N).
+            kept: Those that count, (T, N), boolean.
+            task: Task ids, (T, N).
+
+        Returns:
+            Std of each task before, (K,); 1 where there are fewer than two.
+        """
         std = torch.ones(self.tasks.count, device=advantages.device)
-        everyone, task = distributed.gather(advantages[~st.lost]), distributed.gather(st.task[~st.lost])
+        everyone, everyones_task = distributed.gather(advantages[kept]), distributed.gather(task[kept])
         for k in range(self.tasks.count):
-            mine, own = (st.task == k) & ~st.lost, everyone[task == k]
+            mine, own = (task == k) & kept, everyone[everyones_task == k]
             if own.numel() > 1:
                 std[k] = own.std() + 1e-8
                 advantages[mine] = (advantages[mine] - own.mean()) / std[k]
-        st.advantages.copy_(advantages)
         return std
 
     def bootstrap(self, next_values: torch.Tensor, ends: torch.Tensor, steps: Mapping[str, Any]) -> None:

@@ -68,6 +68,8 @@ class Behaviour:
         """
         self.actor, self.objective, self.gates, self.cfg, self.tasks = actor, objective, gates, cfg, tasks
         self.planner = MPPIPlanner(objective, cfg, seed)
+        self.gated = cfg.max_learning_kl > 0.0
+        """Whether gates decide, as they do where plans contain the gradient."""
         device = tasks.ids.device
         self.generator = torch.Generator(device=device).manual_seed(seed + distributed.rank())
         self.first_env = distributed.rows_before(len(tasks.ids), device)
@@ -77,7 +79,7 @@ class Behaviour:
         self._fallbacks, self._plans = torch.zeros_like(tasks.ids), 0
         self._rows = [(tasks.ids == k).nonzero().squeeze(-1) for k in range(tasks.count)]
         self._first = [0] * tasks.count
-        self._choose(torch.zeros(tasks.count) if cfg.max_learning_kl > 0.0 else torch.ones(tasks.count))
+        self._choose(torch.zeros(tasks.count) if self.gated else torch.ones(tasks.count))
 
     def _choose(self, part: torch.Tensor) -> None:
         """Set :attr:`planned_ids`, a part (K,) of the largest share, until the next call.
@@ -145,7 +147,7 @@ class Behaviour:
         """Plans of n environments, and where they are finite, (n,)."""
         z, mask = self.objective.encode(obs, task), self.tasks.action_mask[task]
         shift = torch.zeros_like(mu)
-        if self.cfg.max_learning_kl > 0.0:
+        if self.gated:
             radius = min((2.0 * self.cfg.max_acting_kl) ** 0.5, MAX_NOISE)
             shift = self.objective.gradient(z, mu, sigma, task) * mask / self.gates.gradient_size[task].unsqueeze(-1)
             shift = shift * radius / shift.norm(dim=-1, keepdim=True).clamp_min(1.0)
@@ -172,7 +174,7 @@ class Behaviour:
         self.refresh()
         for k, rows in enumerate(self._rows):
             self._first[k] = (self._first[k] + self._count[k]) % max(1, len(rows))
-        self._choose(self.gates.acting(self.cfg.full_gain if self.cfg.max_learning_kl > 0.0 else 0.0).cpu())
+        self._choose(self.gates.acting().cpu() if self.gated else torch.ones(self.tasks.count))
 
     def state_dict(self) -> dict:
         """What :meth:`load_state_dict` needs, as plain values."""
@@ -188,6 +190,8 @@ class Behaviour:
 
     def planner_policy(self, actor: MLPModel) -> Callable[[TensorDict], torch.Tensor]:
         """A noise-free policy that plans in every environment, around another policy than the newest.
+
+        Plans go as far as acting on them was worth while training: not at all where it was worth nothing.
 
         Args:
             actor: The policy.
@@ -205,7 +209,10 @@ class Behaviour:
             task = task_of(obs) if self.tasks.count > 1 else torch.zeros_like(ids)
             plan, _ = other._plan(obs, mean, std, task, ids, other.step)
             other.step += 1
-            return plan.mean if self.cfg.execution == "mppi" else self._accept(plan.gain, mean, plan.mean)
+            if self.cfg.execution == "mppi":
+                return plan.mean
+            part = self.gates.worth_acting()[task].unsqueeze(-1) if self.gated else 1.0
+            return mean + part * (self._accept(plan.gain, mean, plan.mean) - mean)
 
         return act
 

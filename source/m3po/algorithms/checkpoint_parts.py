@@ -87,7 +87,7 @@ class CheckpointParts:
         """What an exact continuation needs besides :meth:`save`: replay buffer, random numbers, scales of the rates."""
         return {
             "replay": self.replay.state_dict(),
-            "earlier_policies": self.update_gain.state(),
+            "earlier_policies": self.newest_update.state(),
             "behaviour_generator": self.behaviour.generator.get_state(),
             "guards": [guard.state() for guard in self.guards],
         }
@@ -99,7 +99,7 @@ class CheckpointParts:
             CheckpointError: If the stored rollouts have other sizes.
         """
         self.replay.load_state_dict(state["replay"])
-        self.update_gain.restore(state["earlier_policies"])
+        self.newest_update.restore(state["earlier_policies"])
         self.behaviour.generator.set_state(state["behaviour_generator"].cpu())
         for guard, part in zip(self.guards, state["guards"], strict=True):
             guard.load_state(part)

@@ -42,20 +42,32 @@ class CriticReplay:
         self.optimizer = torch.optim.Adam(parameters, lr=self.cfg.learning_rate, fused=True)
         self.guard = StepGuard("critic", self.optimizer, (critic,), cfg.max_grad_norm)
 
-    def train(self, replay: ReplayBuffer) -> dict[str, float]:
-        """Take the gradient steps of an iteration. Returns the mean of the loss."""
+    def look_back(self, replay: ReplayBuffer) -> dict[str, torch.Tensor]:
+        """The newest steps of each environment in order of time, with their ``returns`` and ``advantages``, (T, N)."""
+        steps = replay.latest(self.cfg.horizon)
+        steps["returns"], steps["advantages"] = self.returns(steps)
+        return steps
+
+    def train(self, steps: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, float]:
+        """Take the gradient steps of an iteration.
+
+        Args:
+            steps: Newest steps, of :meth:`look_back`.
+            generator: Draws the mini-batches.
+
+        Returns:
+            The mean of the loss.
+        """
         if self.num_steps == 0:
             return {}
-        steps = replay.latest(self.cfg.horizon)
-        task = steps["task"]
-        targets = (self.returns(steps) / self.estimator.units(task)).flatten()
+        targets = (steps["returns"] / self.estimator.units(steps["task"])).flatten()
         lost = steps["lost"].flatten()
         # Several processes step together: one that lost everything takes part, the target of a lost step is its value.
         kept = (~lost | lost.all()).nonzero().squeeze(-1)
         obs, total = steps["obs"].flatten(0, 1), torch.zeros((), device=targets.device)
         self.guard.begin()
         for _ in range(self.num_steps):
-            draw = torch.randint(len(kept), (self.cfg.batch_size,), generator=replay.generator, device=kept.device)
+            draw = torch.randint(len(kept), (self.cfg.batch_size,), generator=generator, device=kept.device)
             rows = kept[draw]
             loss = (self.critic(obs[rows]).squeeze(-1) - targets[rows]).square().mean()
             self.guard.step(loss)
@@ -63,15 +75,16 @@ class CriticReplay:
         return distributed.means({"critic_replay": (total / self.num_steps).item()}, targets.device)
 
     @torch.no_grad()
-    def returns(self, steps: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Lambda-returns along trajectories, with the values of the critic of now.
+    def returns(self, steps: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lambda-returns and advantages along trajectories, with the values of the critic of now.
 
         Args:
             steps: Fields of the replay buffer in order of time, as :meth:`~m3po.storage.ReplayBuffer.latest` gives
                 them.
 
         Returns:
-            Returns in reward units, (T, N). Of a step that never took place, it is the critic's own value.
+            Returns and advantages in reward units, (T, N) each. The return of a step that never took place is the
+            critic's own value.
         """
         lost, dones, terminated = steps["lost"], steps["dones"], steps["terminated"]
         values = self.estimator.values_of(steps["obs"], steps["task"])
@@ -84,4 +97,4 @@ class CriticReplay:
         rewards = torch.where(lost, values, steps["rewards"])  # no temporal difference there
         next_values.masked_fill_(lost, 0.0)
         terminated, dones = terminated | lost, dones | lost
-        return gae(rewards, values, next_values, terminated, dones, self.estimator.gamma, LAMBDA)[0]
+        return gae(rewards, values, next_values, terminated, dones, self.estimator.gamma, LAMBDA)

@@ -3,8 +3,8 @@
 | part | measured before it acts | what follows |
 |---|---|---|
 | plans | how much real advantages rise along the model's gradient | their length; steps of the world model |
-| plans that are acted on | advantage of planned environments over the others | share of the environments |
-| PPO's update, and plans | what the newest update was worth on the rollout after it | their KL budgets |
+| plans that are acted on | advantage of planned environments over the others | their share; length while playing |
+| PPO's update, and plans | what an update was worth on the rollout after it | their KL budgets |
 | bonus | share of episodes with a reward | its weight |
 """
 
@@ -52,6 +52,8 @@ class Gates(nn.Module):
         super().__init__()
         self.register_buffer("gain", torch.zeros(num_tasks))
         """Rise of the real advantage along the gradient, in its stds, per std of the action."""
+        self.register_buffer("judged", torch.zeros(num_tasks))
+        """Rollouts that the gain was measured on."""
         self.register_buffer("gradient_size", torch.ones(num_tasks))
         """Root mean square of the gradients at the observations of the newest rollout, reward units per std."""
         self.register_buffer("realised", torch.full((num_tasks,), FULL_REALISED))
@@ -67,10 +69,13 @@ class Gates(nn.Module):
         """Part of its trust region that a plan may use, (K,), in [0, 1], of its length."""
         return (self.gain / full_gain).clamp(0.0, 1.0)
 
-    def acting(self, full_gain: float) -> torch.Tensor:
+    def worth_acting(self) -> torch.Tensor:
+        """How much plans have been worth acting on, (K,), in [0, 1]."""
+        return torch.where(self.gain > 0.0, (self.realised / FULL_REALISED).clamp(0.0, 1.0), 0.0)
+
+    def acting(self) -> torch.Tensor:
         """Part of the largest share of the environments that acts by plans, (K,), in [0, 1]."""
-        part = (self.realised / FULL_REALISED).clamp(LEAST_SHARE, 1.0)
-        return torch.where(self.gain > 0.0, part, 0.0) if full_gain > 0.0 else torch.ones_like(part)
+        return torch.where(self.gain > 0.0, self.worth_acting().clamp_min(LEAST_SHARE), 0.0)
 
     def unrewarded(self) -> torch.Tensor:
         """How far the episodes of a task are from being rewarded, (K,): 1 if none is, 0 from a fifth of them on."""
@@ -82,9 +87,12 @@ class Gates(nn.Module):
         return torch.maximum(worth, self.unrewarded()).max().clamp(LEAST_MODEL_STEPS, 1.0).item()
 
     @torch.no_grad()
-    def update_gain(self, gain: torch.Tensor, steps: torch.Tensor, iteration: int) -> None:
+    def update_gain(self, gain: torch.Tensor, steps: torch.Tensor) -> None:
         """Take in the gain (K,) that a rollout with ``steps`` (K,) showed."""
-        weight = (GAIN_RATE * steps / GAIN_STEPS).clamp(1.0 / (1.0 / GAIN_RATE + iteration), GAIN_RATE)
+        weight = torch.maximum(GAIN_RATE * steps / GAIN_STEPS, 1.0 / (1.0 / GAIN_RATE + self.judged)).clamp(
+            max=GAIN_RATE
+        )
+        self.judged.add_(steps > 0)
         self.gain.lerp_(gain.nan_to_num(0.0, 0.0, 0.0), weight * (steps > 0))
 
     @torch.no_grad()

@@ -21,18 +21,19 @@ from m3po import distributed
 from m3po.algorithms import construction
 from m3po.algorithms.advantage_estimator import AdvantageEstimator
 from m3po.algorithms.behaviour import Behaviour
-from m3po.algorithms.behaviour_metrics import behaviour_metrics, measure_realised_gain
+from m3po.algorithms.behaviour_metrics import behaviour_metrics
 from m3po.algorithms.bonus import ExplorationBonus
 from m3po.algorithms.checkpoint_parts import CheckpointParts
 from m3po.algorithms.critic_replay import CriticReplay
 from m3po.algorithms.gates import Gates
+from m3po.algorithms.hindsight import Hindsight
 from m3po.algorithms.model_learning import ModelLearner
+from m3po.algorithms.newest_update import NewestUpdate
 from m3po.algorithms.plan_learning import PlanLearner
 from m3po.algorithms.policy_average import PolicyAverage
 from m3po.algorithms.policy_learning import PolicyLearner
 from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.algorithms.tasks import Tasks
-from m3po.algorithms.update_gain import UpdateGain
 from m3po.config import AlgorithmCfg
 from m3po.models import WorldModel
 from m3po.planning import Objective
@@ -91,7 +92,9 @@ class M3PO(CheckpointParts):
         self.model_learner = ModelLearner(objective, policy, self.gates, tasks, cfg)
         self.bonus = ExplorationBonus(objective, self.gates, tasks, cfg.bonus, seed)
         self.average = PolicyAverage(actor, cfg.policy_average_decay)
-        self.update_gain = UpdateGain(actor, self.gates, cfg.schedule)
+        self.newest_update = NewestUpdate(actor, tasks.count)
+        horizon = min(cfg.critic_replay.horizon, self.replay.capacity)
+        self.hindsight = Hindsight(self.estimator, self.gates, horizon, cfg.schedule)
         self.stopwatch = Stopwatch(device)
         self.metrics: dict[str, float] = {}
 
@@ -156,15 +159,16 @@ class M3PO(CheckpointParts):
         st, replay, metrics = self.storage, self.replay, {}
         replay.add(st)
         with self.stopwatch.section("update_policy"):
-            losses = self.critic_replay.train(replay)  # V on the last 64 steps of each environment
+            steps = self.critic_replay.look_back(replay)  # the last 64 steps of each environment
+            losses = self.critic_replay.train(steps, replay.generator)  # V
             advantage_std = self.estimator.estimate(st)  # GAE or V-trace, per task
-            metrics |= self._measure()
+            metrics |= self._measure(steps)
             metrics |= self.bonus.add(st, replay, advantage_std, self.iteration / self.max_iterations)  # (4)-(7)
-            plans, found = self.plan_learner.plan(st, replay, self.iteration)  # (2)-(3)
-            self.update_gain.keep("ppo")
+            plans, found = self.plan_learner.plan(st, replay)  # (2)-(3)
+            self.newest_update.keep("ppo")
             self.policy_learner.reserve_kl(plans.expected_kl if plans else 0.0, self.gates.ppo_budget)
             losses |= self.policy_learner.train(st)  # (8)-(9)
-            self.update_gain.keep("plan")
+            self.newest_update.keep("plan")
             metrics |= found | self.plan_learner.regress(plans, replay.generator)
         with self.stopwatch.section("update_model"):
             self._update_statistics()
@@ -184,12 +188,12 @@ class M3PO(CheckpointParts):
         """Whether the world model is trained."""
         return self.cfg.world_model.steps_per_iteration > 0
 
-    def _measure(self) -> dict[str, float]:
-        """What the finished rollout says of behaviour and model, before they learn from it."""
+    def _measure(self, steps: dict[str, Any]) -> dict[str, float]:
+        """What the newest steps say of behaviour, updates and model, before they learn from the finished rollout."""
         st, units = self.storage, self.estimator.units(self.storage.task)
         metrics = behaviour_metrics(st, units, self.tasks.count, self.cfg.planner.execution)
-        metrics |= measure_realised_gain(st, self.gates)
-        metrics |= self.update_gain.measure(st)
+        metrics |= self.newest_update.note(st, self.replay)
+        metrics |= self.hindsight.measure(self.hindsight.judge(steps, st.num_steps))
         metrics |= self.model_learner.measure(st) if self.learns_model else {}
         return metrics | distributed.means({"planner/fallback": self.behaviour.read_fallbacks()}, self.device)
 

@@ -85,20 +85,18 @@ class PlanLearner:
         self.optimizer = torch.optim.Adam(actor.parameters(), lr=self.cfg.learning_rate, fused=True)
         self.guard = StepGuard("plans", self.optimizer, (actor,), cfg.max_grad_norm)
 
-    def plan(self, st: RolloutStorage, replay: ReplayBuffer, iteration: int) -> tuple[Plans | None, dict[str, float]]:
+    def plan(self, st: RolloutStorage, replay: ReplayBuffer) -> tuple[Plans | None, dict[str, float]]:
         """Plan at the observations of a finished rollout, which the model has not been trained on yet.
 
         So the rollout also tells what the gradient is worth: its actions happened to lie more or less along it, and
-        their advantages are known. The plans go as far as the mean of this over recent rollouts warrants.
+        what came of them will be known. This is noted in the replay buffer.
 
         Args:
-            st: The finished rollout, with advantages.
+            st: The finished rollout.
             replay: Replay buffer, the finished rollout in it.
-            iteration: Training iteration, from 0.
 
         Returns:
-            The plans, ``None`` where none are made, and ``gain``: how much the real advantage rises, in its stds, per
-            std of the action along the gradient; ``max_kl``: trust region of these plans, nats.
+            The plans, ``None`` where none are made, and ``max_kl``: their trust region, nats.
         """
         if self.cfg.max_learning_kl == 0.0:
             return None, {}
@@ -110,19 +108,16 @@ class PlanLearner:
         size = mean_per_task(gradient[: len(own)].square().sum(-1), kept, own, count).sqrt().clamp_min(1e-12)
         direction = gradient / size[task].unsqueeze(-1)
         direction = direction * (LARGEST_SHIFT / direction.norm(dim=-1, keepdim=True).clamp_min(LARGEST_SHIFT))
-        noise = ((st.actions - st.mean) / st.std).flatten(0, 1)
-        along = (direction[: len(own)] * noise).sum(-1)
-        gain = mean_per_task(along * st.advantages.flatten(), kept, own, count)
+        along = (direction[: len(own)] * st.noise().flatten(0, 1)).sum(-1)
+        replay.note("gradient", along.view(st.task.shape))
         steps = count_per_task(kept, own, count)
-        self.gates.update_gain(gain, steps, iteration)
         self.gates.gradient_size.copy_(torch.where(steps > 0, size, self.gates.gradient_size))
         budget = self.cfg.max_learning_kl * self.gates.plan_budget
         radius = (2.0 * budget).sqrt() * self.gates.trust(self.cfg.full_gain)
         shift = direction * radius[task].unsqueeze(-1)
         weight = (real & (radius > 0.0)[task]).to(radius.dtype)
         max_kl = 0.5 * radius.square().mean().item()
-        metrics = {"plan/gain": gain.mean().item(), "plan/max_kl": max_kl}
-        return Plans(obs, shift, weight, EXPECTED_KL * max_kl), metrics
+        return Plans(obs, shift, weight, EXPECTED_KL * max_kl), {"plan/max_kl": max_kl}
 
     def _observations(self, st: RolloutStorage, replay: ReplayBuffer) -> tuple[TensorDict, torch.Tensor, torch.Tensor]:
         """Observations to plan at, those of the rollout first, their tasks, and which of their steps took place."""

@@ -12,6 +12,12 @@ from tensordict import TensorDict
 from m3po.errors import CheckpointError
 from m3po.storage.rollout import RolloutStorage
 
+SEQUENCE_FIELDS = ("obs", "task", "actions", "next_obs", "next_obs_valid", "rewards", "terminated", "dones", "lost")
+"""Fields that sub-sequences are made of."""
+
+DIRECTIONS = ("gradient", "ppo", "plan")
+"""The world model's gradient, and what PPO's part and the plans' part of the newest update did to the policy."""
+
 
 @dataclass
 class Sequences:
@@ -58,14 +64,14 @@ class ReplayBuffer:
         self.head = 0
         """Slot that the next rollout is written to."""
         self._fields = {}
-        outcomes = ("next_obs", "next_obs_valid", "rewards", "terminated", "dones", "lost")
-        for name in ("obs", "task", "actions", *outcomes):
+        for name in (*SEQUENCE_FIELDS, "planned"):
             source = getattr(rollout, name)
             if isinstance(source, TensorDict):
                 buffers = {k: self._allocate(v) for k, v in source.items()}
                 self._fields[name] = TensorDict(buffers, batch_size=(self.capacity, self.num_envs), device=self.device)
             else:
                 self._fields[name] = self._allocate(source)
+        self._fields["along"] = torch.zeros(self.capacity, self.num_envs, len(DIRECTIONS), device=self.device)
 
     def _allocate(self, source: torch.Tensor) -> torch.Tensor:
         return torch.zeros(self.capacity, *source.shape[1:], dtype=source.dtype, device=self.device)
@@ -74,9 +80,17 @@ class ReplayBuffer:
         """Copy a finished rollout over the oldest one."""
         window = slice(self.head, self.head + self.num_steps)
         for name, buffer in self._fields.items():
-            buffer[window].copy_(getattr(rollout, name))
+            if name == "along":
+                buffer[window] = 0.0  # until :meth:`note`
+            else:
+                buffer[window].copy_(getattr(rollout, name))
         self.head = (self.head + self.num_steps) % self.capacity
         self.size = min(self.size + self.num_steps, self.capacity)
+
+    def note(self, direction: str, along: torch.Tensor) -> None:
+        """Say how far the noise of the newest rollout's actions lay along one of :data:`DIRECTIONS`, (T, N)."""
+        window = slice((self.head - self.num_steps) % self.capacity, None)
+        self._fields["along"][window][: self.num_steps, :, DIRECTIONS.index(direction)] = along
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs, as tensors and plain values; the tensors are those in use."""
@@ -143,7 +157,7 @@ class ReplayBuffer:
     def _gather(self, slot: torch.Tensor, env: torch.Tensor) -> Sequences:
         """Collect transitions at slots (B, H) of environments (B, 1)."""
         flat = slot * self.num_envs + env
-        picked = {name: buffer.flatten(0, 1)[flat] for name, buffer in self._fields.items()}
+        picked = {name: self._fields[name].flatten(0, 1)[flat] for name in SEQUENCE_FIELDS}
         dones, valid, lost = picked.pop("dones"), picked.pop("next_obs_valid"), picked.pop("lost")
         ended = torch.cumsum(dones, dim=1) - dones.long()
         mask = (ended == 0) & ~lost

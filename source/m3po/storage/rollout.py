@@ -134,6 +134,10 @@ class RolloutStorage:
             self.any_lost = True
         self.step += 1
 
+    def noise(self) -> torch.Tensor:
+        """What was added to the mean of the behaviour, stds of the policy, (T, N, A)."""
+        return (self.actions - self.plan_mean) / self.std
+
     def repair_lost(self) -> None:
         """Make what lost steps hold finite, even where networks gave something else: masks multiply, and NaN stays."""
         for name in ("actions", "mean", "std", "plan_mean", "log_pi", "log_beta", "plan_gain"):

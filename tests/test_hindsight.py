@@ -1,16 +1,17 @@
-"""How far updates go follows the slope that is left at the end of them, on data that they have not seen."""
+"""What plans and updates were worth is told by the rewards that followed, and decides how far the next ones go."""
 
 import math
 
 import pytest
 import torch
-from test_plan_learning import collect, runner_of
+from test_plan_learning import collect, judged, runner_of
 from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms.gates import BUDGET_RATE, BUDGET_STEPS, LARGEST_SLOPE, LEAST_BUDGET, Gates
+from m3po.algorithms.hindsight import LATER
+from m3po.algorithms.newest_update import PARTS, gaussian_kl
 from m3po.algorithms.policy_learning import LEAST_STD
 from m3po.algorithms.policy_outputs import PolicyOutputs
-from m3po.algorithms.update_gain import PARTS, gaussian_kl
 from m3po.runners import M3PORunner
 
 NUM_ENVS = 2048
@@ -21,29 +22,106 @@ def moved(ppo: torch.Tensor, plan: torch.Tensor, log_std: float = 0.0):
     torch.manual_seed(0)
     runner = runner_of(PointEnv(NUM_ENVS))
     alg = runner.alg
-    distribution, update_gain = alg.actor.distribution, alg.update_gain
+    distribution, newest = alg.actor.distribution, alg.newest_update
     with torch.no_grad():
-        update_gain.keep("ppo")
+        newest.keep("ppo")
         distribution.std_param *= math.exp(log_std)
         alg.actor.mlp[-1].bias += ppo * distribution.std_param
-        update_gain.keep("plan")
+        newest.keep("plan")
         alg.actor.mlp[-1].bias += plan * distribution.std_param
     collect(runner)
     st = alg.storage
-    return update_gain, alg.gates, st, (st.actions - st.mean) / st.std
+    return alg, st, (st.actions - st.mean) / st.std
 
 
-# -- the measurement ---------------------------------------------------------------------------------------------------
+def measure(alg):
+    """What the newest rollout says of the newest update, as if enough steps had followed."""
+    return alg.newest_update.note(alg.storage, alg.replay) | alg.hindsight.measure(judged(alg))
+
+
+# -- which steps are judged, and by what -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "horizon"), [(8, 64), (20, 64), (24, 64), (60, 64), (64, 64), (100, 64), (8, 16)]
+)
+def test_each_step_is_judged_once_when_enough_later_ones_are_known(num_steps, horizon):
+    """As many as there is room for; where the rollout is as long as what is looked back at, none."""
+    alg = runner_of().alg
+    alg.hindsight.horizon = horizon
+    later = max(0, min(LATER, horizon - num_steps))
+    seen, total = [], 0
+    for _ in range(12):
+        total += num_steps
+        times = torch.arange(total)[-horizon:].float()
+        none = torch.zeros(len(times), 2)
+        steps = {"along": times.view(-1, 1, 1).expand(-1, 2, 3), "advantages": torch.randn(len(times), 2)}
+        steps |= {"planned": none.bool(), "lost": none.bool(), "task": none.long()}
+        found = alg.hindsight.judge(steps, num_steps)
+        if found is None:
+            assert total <= later
+            continue
+        assert found.advantages.mean().abs() < 1e-6
+        assert found.advantages.std() == pytest.approx(1.0, abs=1e-3)
+        new = found.along[:, 0, 0].tolist()
+        assert new[-1] == total - 1 - later
+        seen += new
+    if num_steps <= horizon:
+        assert seen == list(range(total - later))
+    assert len(set(seen)) == len(seen)
+
+
+def test_steps_are_judged_by_the_rewards_that_follow():
+    """An action that pays 20 steps later, which the critic does not know."""
+    num_steps, num_envs = 8, 4096
+    room = {"replay_transitions": 64 * num_envs}
+    runner = runner_of(PointEnv(num_envs), world_model=room)
+    alg, stream = runner.alg, torch.Generator().manual_seed(0)
+    st, noise = alg.storage, []
+    alg.estimator.values_of = lambda obs, task: torch.zeros(task.shape)
+    alg.estimator.values = lambda obs, task: torch.zeros(task.shape)
+    for _ in range(5):
+        for row in range(num_steps):
+            noise.append(torch.randn(num_envs, generator=stream))
+            st.rewards[row] = noise[-21] if len(noise) > 20 else 0.0
+        alg.replay.add(st)
+        alg.replay.note("gradient", torch.stack(noise[-num_steps:]))
+    judged_steps = alg.hindsight.judge(alg.critic_replay.look_back(alg.replay), num_steps)
+    gain = alg.hindsight.measure(judged_steps)["plan/gain"]
+    # Of a return that is a sum of independent rewards, whose weights fall by gamma * lambda with each step.
+    decay = (alg.cfg.gamma * 0.95) ** 2
+    weights = [decay**k for k in range(64)]
+    known = sum(sum(weights[max(0, 20 - t) : 40 - t]) for t in range(8, 16)) / 8
+    assert gain == pytest.approx((weights[20] / known) ** 0.5, abs=0.05)
+
+
+def test_gains_wait_for_what_follows_and_resume_with_it(tmp_path):
+    """The first rollouts cannot be judged yet; a continued run judges what the first one collected."""
+    runner = runner_of(folder=str(tmp_path))
+    runner.learn(3)
+    assert runner.alg.gates.judged.item() == 0
+    runner.learn(1)
+    assert runner.alg.gates.judged.item() == 1
+    noted = runner.alg.replay.latest(32, ("along",))["along"]
+    assert not noted[:8].any()  # the first follows no update, and an untrained model's gradient is 0
+    assert noted[8:, :, :2].abs().sum(1).all()
+    state = runner.alg.replay.state_dict()
+    other = runner_of().alg
+    other.replay.load_state_dict(state)
+    assert torch.equal(other.replay.latest(32, ("along",))["along"], noted)
+
+
+# -- the slope of an update --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beyond", [1.0, 0.0, -1.0])
 def test_the_slope_is_what_is_left_of_a_quadratic_at_the_end_of_the_step(beyond):
     """Its optimum lies ``beyond`` another step of PPO; the plans' part went at right angles to that."""
     ppo, plan = torch.tensor([0.4, 0.0]), torch.tensor([0.0, 0.2])
-    update_gain, _, st, noise = moved(ppo, plan)
+    alg, st, noise = moved(ppo, plan)
     st.advantages.copy_(-0.5 * (noise - beyond * ppo).square().sum(-1))
     st.advantages -= st.advantages.mean()
-    found = update_gain.measure(st)
+    found = measure(alg)
     assert found["update/ppo_slope"] == pytest.approx(beyond * 0.4, abs=0.03)
     assert found["update/plan_slope"] == pytest.approx(0.0, abs=0.03)
     assert found["update/ppo_kl"] == pytest.approx(0.5 * 0.4**2, rel=1e-4)
@@ -52,39 +130,44 @@ def test_the_slope_is_what_is_left_of_a_quadratic_at_the_end_of_the_step(beyond)
 
 def test_the_std_is_part_of_the_step():
     """The advantage falls with the noise, and the std fell."""
-    update_gain, _, st, noise = moved(torch.zeros(2), torch.zeros(2), log_std=-0.1)
+    alg, st, noise = moved(torch.zeros(2), torch.zeros(2), log_std=-0.1)
     st.advantages.copy_(-0.5 * noise.square().sum(-1))
     st.advantages -= st.advantages.mean()
-    found = update_gain.measure(st)
+    found = measure(alg)
     # d J / d log std = -1 in each of two dimensions
     assert found["update/ppo_slope"] == pytest.approx(0.2 / (2.0 * found["update/ppo_kl"]) ** 0.5, rel=0.05)
     assert found["update/plan_slope"] == found["update/plan_kl"] == 0.0
 
 
-def test_lost_and_planned_steps_do_not_count():
+def test_lost_steps_do_not_count_and_planned_ones_about_their_plan():
     ppo = torch.tensor([0.4, 0.0])
-    update_gain, _, st, noise = moved(ppo, torch.zeros(2))
+    alg, st, noise = moved(ppo, torch.zeros(2))
     st.advantages.copy_(noise[..., 0])
-    before = update_gain.measure(st)["update/ppo_slope"]
-    st.lost[:, :100], st.planned[:, 100:200] = True, True
-    st.advantages[:, :200] = 1e6
-    assert update_gain.measure(st)["update/ppo_slope"] == pytest.approx(before, abs=0.05)
+    before = measure(alg)["update/ppo_slope"]
     assert before == pytest.approx(1.0, abs=0.05)
+    shift = 3.0 * st.std[:, :200]
+    st.plan_mean[:, :200] += shift
+    st.actions[:, :200] += shift
+    st.planned[:, :200] = True
+    assert measure(alg)["update/ppo_slope"] == pytest.approx(before, rel=1e-4)
+    st.lost[:, :100] = True
+    st.advantages[:, :100] = 1e6
+    assert measure(alg)["update/ppo_slope"] == pytest.approx(before, abs=0.05)
 
 
 def test_what_the_normaliser_learnt_is_not_part_of_the_step():
     cfg = runner_cfg(bonus={"size": 0.0})
     cfg["actor"]["obs_normalization"] = True
     runner = M3PORunner(PointEnv(64), cfg, None, "cpu")
-    actor, update_gain, st = runner.alg.actor, runner.alg.update_gain, runner.alg.storage
+    alg, actor, st = runner.alg, runner.alg.actor, runner.alg.storage
     for part in PARTS:
-        update_gain.keep(part)
+        alg.newest_update.keep(part)
     actor.obs_normalizer._mean += 1.0
     for moved_by in (0.0, 0.1):
         with torch.no_grad():
             actor.mlp[-1].bias += moved_by
         collect(runner)
-        found = update_gain.measure(st)
+        found = measure(alg)
         st.clear()
         assert found["update/plan_kl"] == pytest.approx(2 * 0.5 * moved_by**2, rel=1e-3, abs=1e-9)
         assert found["update/ppo_kl"] == pytest.approx(0.0, abs=1e-9)
@@ -93,9 +176,9 @@ def test_what_the_normaliser_learnt_is_not_part_of_the_step():
 def test_nothing_is_known_before_the_first_update():
     runner = runner_of()
     collect(runner)
-    found = runner.alg.update_gain.measure(runner.alg.storage)
-    assert set(found) == {f"update/{part}_{name}" for part in PARTS for name in ("slope", "kl")}
-    assert not any(found.values())
+    found = measure(runner.alg)
+    names = {f"update/{part}_{name}" for part in PARTS for name in ("slope", "kl")}
+    assert not any(found[name] for name in names)
     assert all((getattr(runner.alg.gates, f"{part}_budget") == 1.0).all() for part in PARTS)
 
 
