@@ -87,9 +87,15 @@ class Arm:
     """How many times as many environment steps as the experiment says."""
 
 
+NOISE = "agent.actor.distribution_cfg.class_name"
+
 ARMS = {name: Arm("m3po", overrides) for name, overrides in PARTS.items()} | {
     "m3po-paper": Arm("m3po", agent="m3po_paper_cfg_entry_point"),
     "ppo-core": Arm("m3po", ("agent.num_steps_per_env=16", "agent.algorithm.lam=0.95", *CORE)),
+    # what the bonus is to be better than
+    "m3po-correlated-noise": Arm(
+        "m3po", (*PARTS["m3po-no-bonus"], f"{NOISE}=m3po.baselines.correlated_noise:CorrelatedGaussian")
+    ),
     "ppo": Arm("ppo"),
     # of 16 environments: as large as 64's
     "ppo-rollouts-of-64": Arm("ppo", ("agent.num_steps_per_env=64",)),

@@ -21,6 +21,7 @@ ARM_COLOURS = {
     "m3po-no-planner": "#f59e0b",
     "m3po-no-gradient": "#a16207",
     "m3po-no-bonus": "#facc15",
+    "m3po-correlated-noise": "#4d7c0f",
     "m3po-no-critic-replay": "#e11d48",
     "m3po-features": "#9f1239",
     "m3po-adaptive": "#4c1d95",
