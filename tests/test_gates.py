@@ -175,6 +175,7 @@ def test_gates_are_reported_and_part_of_a_checkpoint():
     gates.gain.copy_(torch.tensor([1.0, 2.0]))
     gates.plan_budget.copy_(torch.tensor([0.25, 0.75]))
     state = {"gain": 1.5, "realised": FULL_REALISED, "rewarded": 0.0, "ppo_budget": 1.0, "plan_budget": 0.5}
+    state["rollouts"] = 1
     assert gates.metrics() == pytest.approx({f"gate/{name}": value for name, value in state.items()})
     other = Gates(2)
     other.load_state_dict(gates.state_dict())

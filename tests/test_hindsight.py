@@ -7,7 +7,7 @@ import torch
 from test_plan_learning import collect, judged, runner_of
 from toy_env import PointEnv, runner_cfg
 
-from m3po.algorithms.gates import BUDGET_RATE, BUDGET_STEPS, LARGEST_SLOPE, LEAST_BUDGET, Gates
+from m3po.algorithms.gates import BUDGET_RATE, BUDGET_STEPS, LARGEST_SLOPE, LEAST_BUDGET, LEAST_SLOPE, Gates
 from m3po.algorithms.hindsight import LATER
 from m3po.algorithms.newest_update import PARTS, gaussian_kl
 from m3po.algorithms.policy_learning import LEAST_STD
@@ -55,7 +55,7 @@ def test_each_step_is_judged_once_when_enough_later_ones_are_known(num_steps, ho
         total += num_steps
         times = torch.arange(total)[-horizon:].float()
         none = torch.zeros(len(times), 2)
-        steps = {"along": times.view(-1, 1, 1).expand(-1, 2, 3), "advantages": torch.randn(len(times), 2)}
+        steps = {"notes": times.view(-1, 1, 1).expand(-1, 2, 4), "advantages": torch.randn(len(times), 2)}
         steps |= {"planned": none.bool(), "lost": none.bool(), "task": none.long()}
         found = alg.hindsight.judge(steps, num_steps)
         if found is None:
@@ -102,13 +102,29 @@ def test_gains_wait_for_what_follows_and_resume_with_it(tmp_path):
     assert runner.alg.gates.judged.item() == 0
     runner.learn(1)
     assert runner.alg.gates.judged.item() == 1
-    noted = runner.alg.replay.latest(32, ("along",))["along"]
-    assert not noted[:8].any()  # the first follows no update, and an untrained model's gradient is 0
+    noted = runner.alg.replay.latest(32, ("notes",))["notes"]
+    assert noted[..., 3].abs().sum(1).all()
+    assert not noted[:8, :, :3].any()  # the first follows no update, and an untrained model's gradient is 0
     assert noted[8:, :, :2].abs().sum(1).all()
     state = runner.alg.replay.state_dict()
     other = runner_of().alg
     other.replay.load_state_dict(state)
-    assert torch.equal(other.replay.latest(32, ("along",))["along"], noted)
+    assert torch.equal(other.replay.latest(32, ("notes",))["notes"], noted)
+
+
+def test_a_critic_that_knows_what_came_of_a_step_does_not_judge_it():
+    """Each step is judged against its value before the critic learnt from it; afterwards nothing would be left."""
+    runner = runner_of(PointEnv(64))
+    runner.learn(4)
+    alg = runner.alg
+    before = alg.critic_replay.look_back(alg.replay)
+    values = before["returns"] - before["advantages"]
+    alg.estimator.values_of = lambda obs, task: 100.0 * torch.ones(task.shape)
+    after = alg.critic_replay.look_back(alg.replay)
+    rows = slice(0, -alg.storage.num_steps)
+    torch.testing.assert_close((after["returns"] - after["advantages"])[rows], values[rows])
+    newest = (after["returns"] - after["advantages"])[-alg.storage.num_steps :]
+    torch.testing.assert_close(newest, torch.full_like(newest, 100.0))
 
 
 # -- the slope of an update --------------------------------------------------------------------------------------------
@@ -182,6 +198,15 @@ def test_nothing_is_known_before_the_first_update():
     assert all((getattr(runner.alg.gates, f"{part}_budget") == 1.0).all() for part in PARTS)
 
 
+def test_a_part_that_did_not_take_place_keeps_its_budget():
+    """Otherwise plans would begin with next to nothing when their gradient becomes worth something."""
+    alg, st, noise = moved(torch.tensor([0.4, 0.0]), torch.zeros(2))
+    st.advantages.copy_(-noise[..., 0])
+    measure(alg)
+    assert alg.gates.ppo_budget < 1.0
+    assert alg.gates.plan_budget == 1.0
+
+
 def test_the_kl_of_gaussians():
     p, q = (torch.distributions.Normal(torch.randn(5, 3), torch.rand(5, 3) + 0.5) for _ in range(2))
     expected = torch.distributions.kl_divergence(p, q).sum(-1)
@@ -192,16 +217,16 @@ def test_the_kl_of_gaussians():
 
 
 def test_budgets_follow_the_slope():
-    gates, slope = Gates(4), torch.tensor([-0.1, 0.1, 0.1, -5.0])
+    gates, slope = Gates(4), LEAST_SLOPE + torch.tensor([-0.1, 0.1, 0.1, -5.0])
     gates.plan_budget.copy_(torch.tensor([0.5, 0.5, 1.0, 0.5]))
     gates.update_budget("plan", slope, torch.full((4,), BUDGET_STEPS))
-    grown, least = math.exp(BUDGET_RATE * 0.1), math.exp(-BUDGET_RATE * LARGEST_SLOPE)
+    grown, least = math.exp(BUDGET_RATE * 0.1), math.exp(-BUDGET_RATE * (LARGEST_SLOPE + LEAST_SLOPE))
     assert gates.plan_budget.tolist() == pytest.approx([0.5 / grown, 0.5 * grown, 1.0, 0.5 * least])
     assert gates.ppo_budget.tolist() == [1.0] * 4
 
 
 def test_few_steps_weigh_less_and_nothing_falls_below_the_least():
-    gates, slope = Gates(2), torch.full((2,), -0.1)
+    gates, slope = Gates(2), torch.full((2,), LEAST_SLOPE - 0.1)
     gates.update_budget("ppo", slope, torch.tensor([BUDGET_STEPS / 8, 0.0]))
     assert gates.ppo_budget.tolist() == pytest.approx([math.exp(-BUDGET_RATE * 0.1 / 8**0.5), 1.0])
     for _ in range(200):
@@ -226,6 +251,83 @@ def test_budgets_set_how_far_the_parts_go():
     assert learner.desired_kls == pytest.approx([0.25 * rest], rel=0.1)
     rates = dict(zip(learner._names, (group["lr"] for group in learner.optimizer.param_groups), strict=True))
     assert rates["std"] == pytest.approx(alg.cfg.std_learning_rate * 0.5, rel=0.1)
+
+
+# -- updates that wait -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ppo", "plan", "most", "rollouts", "parts"),
+    [
+        (1.0, 0.1, 4, 1, (1.0, 0.1)),  # the part that may go furthest decides
+        (0.51, 0.1, 4, 1, (0.51, 0.1)),
+        (0.5, 0.1, 4, 2, (1.0, 0.2)),
+        (0.2, 0.2, 4, 4, (0.8, 0.8)),
+        (0.01, 0.02, 4, 4, (0.04, 0.08)),
+        (0.2, 0.2, 3, 2, (0.4, 0.4)),
+        (0.2, 0.2, 0, 1, (0.2, 0.2)),
+    ],
+)
+def test_small_updates_become_one_that_waited(ppo, plan, most, rollouts, parts):
+    gates = Gates(1)
+    gates.ppo_budget.fill_(ppo)
+    gates.plan_budget.fill_(plan)
+    assert gates.wait(most) == gates.metrics()["gate/rollouts"] == rollouts
+    assert [gates.part(name).item() for name in PARTS] == pytest.approx(parts)
+
+
+def test_a_run_of_updates_that_wait_has_as_many_steps_and_ends_where_it_should(tmp_path):
+    """Their rollouts are stored in order, each step is judged once, and a continued run is the same bit for bit."""
+    whole, parts = {}, {}
+    for name, iterations, found in (("whole", (14,), whole), ("parts", (9, 5), parts)):
+        folder = tmp_path / name
+        folder.mkdir()
+        torch.manual_seed(1)
+        for part, count in enumerate(iterations):
+            room = {"replay_transitions": 88 * 32}
+            runner = M3PORunner(PointEnv(32, seed=3), runner_cfg(world_model=room), str(folder), "cpu")
+            if part > 0:
+                runner.resume(str(folder / "model_last.pt"))
+            alg, lengths, judged_steps = runner.alg, [], []
+            alg.hindsight.measured = False
+            judge, update = alg.hindsight.judge, alg.update
+            for budget in (alg.gates.ppo_budget, alg.gates.plan_budget):
+                budget.fill_(0.25)
+
+            def watch(steps, num_steps, judge=judge, seen=judged_steps):
+                judged = judge(steps, num_steps)
+                seen.append(0 if judged is None else len(judged.lost))
+                return judged
+
+            def learn(update=update, alg=alg, lengths=lengths):
+                lengths.append(alg.storage.num_steps)
+                return update()
+
+            alg.hindsight.judge, alg.update = watch, learn
+            runner.learn(count)
+        found |= {"steps": runner.env_steps, "iteration": alg.iteration, "saved": alg.save()}
+        found |= {"replay": alg.replay.state_dict()["fields"], "lengths": lengths, "judged": judged_steps}
+    assert whole["lengths"] == [32, 32, 32, 16]  # 4 + 4 + 4 + 2 rollouts of 8 steps
+    assert whole["judged"] == [8, 32, 32, 16]
+    assert whole["steps"] == 14 * 8 * 32
+    assert whole["iteration"] == 14
+    assert parts["lengths"] == [32, 8]
+    assert parts["steps"] == whole["steps"]
+
+
+def test_an_update_that_waited_learns_from_all_of_its_steps(monkeypatch):
+    room = {"replay_transitions": 88 * 32}
+    runner = M3PORunner(PointEnv(32), runner_cfg(world_model=room), None, "cpu")
+    alg, seen = runner.alg, []
+    train = alg.policy_learner.train
+    monkeypatch.setattr(alg.policy_learner, "train", lambda st: seen.append(st.actions.clone()) or train(st))
+    alg.gates.ppo_budget.fill_(0.25)
+    alg.gates.plan_budget.fill_(0.25)
+    alg.hindsight.measured = False
+    runner.learn(8)
+    newest = alg.replay.latest(64, ("actions",))["actions"]
+    torch.testing.assert_close(newest, torch.cat(seen))
+    assert [len(actions) for actions in seen] == [32, 32]
 
 
 # -- long runs ---------------------------------------------------------------------------------------------------------

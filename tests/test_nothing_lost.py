@@ -162,7 +162,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, capsys):
     before = (tmp_path / LAST).read_bytes()
     runner.current_learning_iteration = 1
     checkpoint = runner._checkpoint
-    runner._checkpoint = lambda it, last: checkpoint(it, last=False)
+    runner._checkpoint = lambda *args, last: checkpoint(*args, last=False)
     with full_disk(40_000):
         runner.learn(2)
     output = capsys.readouterr().out

@@ -42,7 +42,8 @@ def judged(alg: M3PO, advantages: torch.Tensor | None = None) -> Judged:
     """The newest rollout, as if enough steps had followed it; its advantages are those of the storage or given."""
     st = alg.storage
     found = st.advantages if advantages is None else advantages
-    return Judged(found, alg.replay.latest(st.num_steps, ("along",))["along"], st.planned, st.lost, st.task)
+    along = alg.replay.latest(st.num_steps, ("notes",))["notes"][..., :3]
+    return Judged(found, along, st.planned, st.lost, st.task)
 
 
 def planned(gain: float, **planner):

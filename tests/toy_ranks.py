@@ -94,7 +94,7 @@ def two_tasks(num_envs: int, first: int) -> VecEnv:
 
 def newest(replay: ReplayBuffer, horizon: int) -> Sequences:
     """Sub-sequences that start at the first step of the newest rollout, one per environment."""
-    slots = (replay.head - replay.num_steps + torch.arange(horizon)) % replay.capacity
+    slots = replay.newest[:horizon]
     return replay._gather(slots.expand(replay.num_envs, -1), torch.arange(replay.num_envs).unsqueeze(1))
 
 

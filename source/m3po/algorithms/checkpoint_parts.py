@@ -42,6 +42,11 @@ class CheckpointParts:
         """Guards of all gradient steps."""
         return [getattr(self, name).guard for name in LEARNERS]
 
+    def _read_guards(self) -> dict[str, float]:
+        """Steps that were skipped because they were not finite, and restored states."""
+        skipped, restored = zip(*(guard.read() for guard in self.guards), strict=True)
+        return {"robust/skipped_steps": float(sum(skipped)), "robust/restored": float(sum(restored))}
+
     def _networks(self) -> dict[str, nn.Module]:
         networks = {name: getattr(self, attribute) for name, attribute in NETWORKS.items()}
         return networks | {"reward_units": self.estimator.rewards}

@@ -18,6 +18,7 @@ from m3po.algorithms.returns import gae
 from m3po.algorithms.step_guard import StepGuard
 from m3po.config import AlgorithmCfg
 from m3po.storage import ReplayBuffer
+from m3po.storage.replay import NOTES
 
 LAMBDA = 0.95
 """Lambda of the returns along these steps."""
@@ -43,9 +44,17 @@ class CriticReplay:
         self.guard = StepGuard("critic", self.optimizer, (critic,), cfg.max_grad_norm)
 
     def look_back(self, replay: ReplayBuffer) -> dict[str, torch.Tensor]:
-        """The newest steps of each environment in order of time, with their ``returns`` and ``advantages``, (T, N)."""
+        """The newest steps of each environment in order of time, with their ``returns`` and ``advantages``, (T, N).
+
+        Advantages are over the value that an observation had before the critic learnt what came of it. A critic that
+        knows that by heart leaves nothing to the action.
+        """
         steps = replay.latest(self.cfg.horizon)
-        steps["returns"], steps["advantages"] = self.returns(steps)
+        steps["returns"], advantages = self.returns(steps)
+        newest = len(replay.newest)
+        replay.note("baseline", (steps["returns"] - advantages)[-newest:])
+        baseline = replay.latest(self.cfg.horizon, ("notes",))["notes"][..., NOTES.index("baseline")]
+        steps["advantages"] = steps["returns"] - baseline
         return steps
 
     def train(self, steps: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, float]:

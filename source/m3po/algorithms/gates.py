@@ -4,7 +4,7 @@
 |---|---|---|
 | plans | how much real advantages rise along the model's gradient | their length; steps of the world model |
 | plans that are acted on | advantage of planned environments over the others | their share; length while playing |
-| PPO's update, and plans | what an update was worth on the rollout after it | their KL budgets |
+| PPO's update, and plans | what an update was worth on the rollout after it | their KL budgets; rollouts per update |
 | bonus | share of episodes with a reward | its weight |
 """
 
@@ -37,6 +37,9 @@ the square root: the noise of a slope, and so of the budgets, is the same then."
 LEAST_BUDGET = 1.0 / 32.0
 """Smallest part of a KL budget."""
 
+LEAST_SLOPE = 0.01
+"""Slope at its end that makes an update worth its length. What gains less than that is mostly noise."""
+
 LARGEST_SLOPE = 0.2
 """Bound of the slope that a single rollout shows."""
 
@@ -59,9 +62,11 @@ class Gates(nn.Module):
         self.register_buffer("realised", torch.full((num_tasks,), FULL_REALISED))
         """Advantage of planned environments over the others, in its stds."""
         self.register_buffer("ppo_budget", torch.ones(num_tasks))
-        """Part of the KL budget that PPO's update may use."""
+        """Part of the KL budget that PPO's update may use, per rollout."""
         self.register_buffer("plan_budget", torch.ones(num_tasks))
-        """Part of their trust region that plans may use, before :meth:`trust`."""
+        """Part of their trust region that plans may use, per rollout, before :meth:`trust`."""
+        self.waited = 1
+        """Rollouts that the present update has waited for."""
         self.register_buffer("rewarded", torch.zeros(num_tasks))
         """Share of recent trajectories with a reward."""
 
@@ -86,6 +91,20 @@ class Gates(nn.Module):
         worth = 2.0 * self.trust(full_gain)
         return torch.maximum(worth, self.unrewarded()).max().clamp(LEAST_MODEL_STEPS, 1.0).item()
 
+    def wait(self, most: int) -> int:
+        """Rollouts that the next update waits for, a power of two of at most ``most``.
+
+        Four updates that may each go a quarter of the way become one that goes all of it, at a quarter of the work.
+        """
+        longest, self.waited = torch.stack((self.ppo_budget, self.plan_budget)).max().item(), 1
+        while 2 * self.waited <= min(most, 1.0 / longest):
+            self.waited *= 2
+        return self.waited
+
+    def part(self, name: str) -> torch.Tensor:
+        """Part of its KL that ``ppo`` or ``plan`` may use in an update that waited, (K,), in [0, 1]."""
+        return (self.waited * getattr(self, f"{name}_budget")).clamp(max=1.0)
+
     @torch.no_grad()
     def update_gain(self, gain: torch.Tensor, steps: torch.Tensor) -> None:
         """Take in the gain (K,) that a rollout with ``steps`` (K,) showed."""
@@ -97,7 +116,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def update_budget(self, part: str, slope: torch.Tensor, steps: torch.Tensor) -> None:
-        """Let the budget of a part of the update grow while the return still rises at the end of its steps.
+        """Let the budget of a part of the update grow while the return still rises well at the end of its steps.
 
         Args:
             part: ``ppo`` or ``plan``.
@@ -105,7 +124,7 @@ class Gates(nn.Module):
             steps: Steps that this was measured on, (K,).
         """
         slope = slope.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
-        change = BUDGET_RATE * slope * (steps / BUDGET_STEPS).clamp(max=1.0).sqrt()
+        change = BUDGET_RATE * (slope - LEAST_SLOPE) * (steps / BUDGET_STEPS).clamp(max=4.0).sqrt()
         getattr(self, f"{part}_budget").mul_(change.exp()).clamp_(LEAST_BUDGET, 1.0)
 
     @torch.no_grad()
@@ -123,4 +142,4 @@ class Gates(nn.Module):
         """The state of the gates, means over the tasks, for the report."""
         names = ("gain", "realised", "rewarded", "ppo_budget", "plan_budget")
         state = {name: getattr(self, name) for name in names}
-        return {f"gate/{name}": value.mean().item() for name, value in state.items()}
+        return {f"gate/{name}": value.mean().item() for name, value in state.items()} | {"gate/rollouts": self.waited}

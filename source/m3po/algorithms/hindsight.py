@@ -21,6 +21,7 @@ from m3po.algorithms.advantage_estimator import AdvantageEstimator
 from m3po.algorithms.behaviour_metrics import gain_of_plans
 from m3po.algorithms.gates import Gates
 from m3po.algorithms.statistics import count_per_task, mean_per_task
+from m3po.storage.replay import DIRECTIONS
 
 LATER = 24
 """Steps that must have followed; fewer where the replay buffer's horizon has not room for them."""
@@ -59,6 +60,8 @@ class Hindsight:
             schedule: As in :class:`~m3po.config.AlgorithmCfg`; KL budgets follow the slopes if it is ``measured``.
         """
         self.estimator, self.gates, self.horizon, self.measured = estimator, gates, horizon, schedule == "measured"
+        self.room = horizon - LATER
+        """Steps of a rollout for which enough later ones are looked back at."""
 
     def judge(self, steps: dict[str, torch.Tensor], num_steps: int) -> Judged | None:
         """Judge the newest rollout that has enough later steps.
@@ -75,8 +78,9 @@ class Hindsight:
         end = len(steps["lost"]) - later
         if end <= 0:
             return None
-        names = ("advantages", "along", "planned", "lost", "task")
-        judged = Judged(**{name: steps[name][max(0, end - num_steps) : end].clone() for name in names})
+        fields = {name: steps[name] for name in ("advantages", "planned", "lost", "task")}
+        fields["along"] = steps["notes"][..., : len(DIRECTIONS)]
+        judged = Judged(**{name: field[max(0, end - num_steps) : end].clone() for name, field in fields.items()})
         self.estimator.standardise(judged.advantages, ~judged.lost, judged.task)
         return judged
 
@@ -95,8 +99,9 @@ class Hindsight:
         steps = count_per_task(~judged.lost, task, count)
         gates.update_gain(gain, steps)
         if self.measured:
-            gates.update_budget("ppo", ppo, steps)
-            gates.update_budget("plan", plan, steps)
+            for part, slope in (("ppo", ppo), ("plan", plan)):
+                went = judged.along[..., DIRECTIONS.index(part)] != 0.0  # else there was no such part
+                gates.update_budget(part, slope, count_per_task(went & ~judged.lost, task, count))
         lasting, planned = gain_of_plans(judged.advantages, judged.planned, judged.lost, task, count)
         gates.update_realised(lasting, planned)
         found = [x.mean().item() for x in (gain, ppo, plan)] + [lasting.sum().item() / max(1, int((planned > 0).sum()))]

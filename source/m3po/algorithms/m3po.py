@@ -80,8 +80,7 @@ class M3PO(CheckpointParts):
         self.estimator = AdvantageEstimator(critic, tasks, cfg)
         values = (self.estimator.values, group_dims, tasks.discounts, cfg.planner)
         networks = {"critic": critic, "units": self.estimator.units, "action_mask": tasks.action_mask}
-        objective = Objective(model, actor, *values, **networks)
-        self.objective = objective
+        self.objective = objective = Objective(model, actor, *values, **networks)
         self.behaviour = Behaviour(actor, objective, self.gates, cfg.planner, tasks, seed)
         num_rollouts = max(1, round(cfg.world_model.replay_transitions / (storage.num_envs * storage.num_steps)))
         self.replay = ReplayBuffer(storage, num_rollouts, seed)
@@ -93,12 +92,18 @@ class M3PO(CheckpointParts):
         self.bonus = ExplorationBonus(objective, self.gates, tasks, cfg.bonus, seed)
         self.average = PolicyAverage(actor, cfg.policy_average_decay)
         self.newest_update = NewestUpdate(actor, tasks.count)
-        horizon = min(cfg.critic_replay.horizon, self.replay.capacity)
+        self.num_steps, horizon = storage.num_steps, min(cfg.critic_replay.horizon, self.replay.capacity)
         self.hindsight = Hindsight(self.estimator, self.gates, horizon, cfg.schedule)
         self.stopwatch = Stopwatch(device)
         self.metrics: dict[str, float] = {}
 
     # -- collection ---------------------------------------------------------------------------------------------------
+
+    def begin_rollout(self, most: int) -> int:
+        """Make room for as many rollouts as the next update waits for, at most ``most``. Returns their number."""
+        count = self.gates.wait(min(most, self.hindsight.room // self.num_steps))
+        self.storage = self.storage.of_length(count * self.num_steps)
+        return count
 
     def act(self, obs: TensorDict) -> torch.Tensor:
         """Choose actions for all environments and store what is known before the step.
@@ -166,7 +171,7 @@ class M3PO(CheckpointParts):
             metrics |= self.bonus.add(st, replay, advantage_std, self.iteration / self.max_iterations)  # (4)-(7)
             plans, found = self.plan_learner.plan(st, replay)  # (2)-(3)
             self.newest_update.keep("ppo")
-            self.policy_learner.reserve_kl(plans.expected_kl if plans else 0.0, self.gates.ppo_budget)
+            self.policy_learner.reserve_kl(plans.expected_kl if plans else 0.0, self.gates.part("ppo"))
             losses |= self.policy_learner.train(st)  # (8)-(9)
             self.newest_update.keep("plan")
             metrics |= found | self.plan_learner.regress(plans, replay.generator)
@@ -179,7 +184,7 @@ class M3PO(CheckpointParts):
         self.metrics = metrics | self.gates.metrics() | self._read_guards()
         if self.learns_model:
             self.estimator.predict = self._predicted_value
-        self.iteration += 1
+        self.iteration += self.gates.waited
         st.clear()
         return losses
 
@@ -196,11 +201,6 @@ class M3PO(CheckpointParts):
         metrics |= self.hindsight.measure(self.hindsight.judge(steps, st.num_steps))
         metrics |= self.model_learner.measure(st) if self.learns_model else {}
         return metrics | distributed.means({"planner/fallback": self.behaviour.read_fallbacks()}, self.device)
-
-    def _read_guards(self) -> dict[str, float]:
-        """Steps that were skipped because they were not finite, and restored states."""
-        skipped, restored = zip(*(guard.read() for guard in self.guards), strict=True)
-        return {"robust/skipped_steps": float(sum(skipped)), "robust/restored": float(sum(restored))}
 
     def _update_statistics(self) -> None:
         """Normalisers of policy and critic, frozen until here, learn from the rollout."""

@@ -112,7 +112,7 @@ class PlanLearner:
         replay.note("gradient", along.view(st.task.shape))
         steps = count_per_task(kept, own, count)
         self.gates.gradient_size.copy_(torch.where(steps > 0, size, self.gates.gradient_size))
-        budget = self.cfg.max_learning_kl * self.gates.plan_budget
+        budget = self.cfg.max_learning_kl * self.gates.part("plan")
         radius = (2.0 * budget).sqrt() * self.gates.trust(self.cfg.full_gain)
         shift = direction * radius[task].unsqueeze(-1)
         weight = (real & (radius > 0.0)[task]).to(radius.dtype)

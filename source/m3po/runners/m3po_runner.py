@@ -144,17 +144,20 @@ class M3PORunner(CheckpointingRunner):
             self.reporter.close()
 
     def _iterate(self, first: int, total: int, obs: TensorDict, watch: Stopwatch) -> None:
-        """Iterations ``first`` to ``total - 1``."""
+        """Iterations ``first`` to ``total - 1``. An update that waits for several rollouts counts as so many."""
         start_seconds = self.seconds
         with self.stop.deferred():
-            for it in range(first, total):
-                obs, row, losses = self._iteration(it, obs, watch)
+            it = first
+            while it < total:
+                count = getattr(self.alg, "begin_rollout", lambda most: 1)(total - it)
+                obs, row, losses = self._iteration(it, count, obs, watch)
+                it += count
                 metrics = getattr(self.alg, "metrics", {}) | self.quarantine.metrics
                 self.reporter.report(row, losses, metrics)
-                eta = (self.seconds - start_seconds) / (it + 1 - first) * (total - it - 1)
+                eta = (self.seconds - start_seconds) / (it - first) * (total - it)
                 if distributed.is_main():
-                    print(console_block(f"Iteration {it + 1}/{total}", row, losses, metrics, eta), flush=True)
-                self._checkpoint(it, last=it + 1 == total)
+                    print(console_block(f"Iteration {it}/{total}", row, losses, metrics, eta), flush=True)
+                self._checkpoint(it, count, last=it == total)
                 if self._stopped():
                     if self.run_dir is not None:
                         self._save_last()
@@ -168,12 +171,13 @@ class M3PORunner(CheckpointingRunner):
         return bool(received)
 
     def _iteration(
-        self, it: int, obs: TensorDict, watch: Stopwatch
+        self, it: int, count: int, obs: TensorDict, watch: Stopwatch
     ) -> tuple[TensorDict, dict[str, float], dict[str, float]]:
-        """One rollout and update. Returns the next observations, the report's row, and the mean losses."""
+        """An update after ``count`` rollouts. Returns the next observations, the report's row, and the mean losses."""
         begin = time.perf_counter()
+        num_steps = count * self.cfg["num_steps_per_env"]
         with torch.inference_mode():
-            for _ in range(self.cfg["num_steps_per_env"]):
+            for _ in range(num_steps):
                 obs = self._step(obs, self.statistics, watch)
             collected = time.perf_counter()
             self.quarantine.close_rollout()
@@ -184,9 +188,9 @@ class M3PORunner(CheckpointingRunner):
         end = time.perf_counter()
 
         self.seconds += end - begin
-        self.env_steps += self.all_envs * self.cfg["num_steps_per_env"]
-        self.current_learning_iteration = it
-        row = self._row(it, self.statistics, watch, collected - begin, end - collected)
+        self.env_steps += self.all_envs * num_steps
+        self.current_learning_iteration = it + count - 1
+        row = self._row(self.all_envs * num_steps, watch, collected - begin, end - collected)
         return obs, row | self.quarantine.task_metrics, losses
 
     def _step(self, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch) -> TensorDict:
@@ -216,17 +220,14 @@ class M3PORunner(CheckpointingRunner):
             f"than agent.quarantine_share={quarantine.share:g} allows; {saved}."
         )
 
-    def _row(
-        self, it: int, statistics: EpisodeStatistics, watch: Stopwatch, collect: float, update: float
-    ) -> dict[str, float]:
-        """Columns of the report for one iteration; times and memory are those of this process."""
+    def _row(self, steps: int, watch: Stopwatch, collect: float, update: float) -> dict[str, float]:
+        """Columns of the report for an update after so many steps; times and memory are those of this process."""
         times = watch.read()
-        steps = self.all_envs * self.cfg["num_steps_per_env"]
         return {
-            "iteration": it,
+            "iteration": self.current_learning_iteration,
             "env_steps": self.env_steps,
             "seconds": self.seconds,
-            **statistics.read(),
+            **self.statistics.read(),
             "steps_per_second": steps / (collect + update),
             "time_collect": collect,
             "time_plan": times.get("plan", 0.0),
@@ -255,14 +256,14 @@ class M3PORunner(CheckpointingRunner):
 
     # -- checkpoints and evaluation -----------------------------------------------------------------------------------
 
-    def _checkpoint(self, it: int, last: bool) -> None:
-        """Save and evaluate when it is time to."""
+    def _checkpoint(self, done: int, count: int, last: bool) -> None:
+        """Save and evaluate when it is time to: ``done`` iterations are done, ``count`` of them since the last call."""
         if self.run_dir is None:
             return
-        interval = self.cfg.get("eval_interval", 0)
-        evaluate = self.evaluator is not None and interval > 0 and ((it + 1) % interval == 0 or last)
+        it, interval = done - 1, self.cfg.get("eval_interval", 0)
+        evaluate = self.evaluator is not None and interval > 0 and (done % interval < count or last)
         path = os.path.join(self.run_dir, f"model_{it}.pt")
-        if distributed.shared(evaluate or last or (it + 1) % self.cfg["save_interval"] == 0):
+        if distributed.shared(evaluate or last or done % self.cfg["save_interval"] < count):
             try:
                 if distributed.is_main():
                     self.save(path)

@@ -18,6 +18,10 @@ SEQUENCE_FIELDS = ("obs", "task", "actions", "next_obs", "next_obs_valid", "rewa
 DIRECTIONS = ("gradient", "ppo", "plan")
 """The world model's gradient, and what PPO's part and the plans' part of the newest update did to the policy."""
 
+NOTES = (*DIRECTIONS, "baseline")
+"""What is noted of a step, to judge it later: how far the noise of its action lay along each direction, and the value
+of its observation before the critic learnt from it."""
+
 
 @dataclass
 class Sequences:
@@ -52,17 +56,19 @@ class ReplayBuffer:
     """The newest rollouts of N environments, in order of time, on the device."""
 
     def __init__(self, rollout: RolloutStorage, num_rollouts: int, seed: int = 0) -> None:
-        """Allocate room for a number of rollouts shaped like the given one.
+        """Allocate room for a number of rollouts shaped like the given one. They may differ in length.
 
         Draws come from a stream of their own: learning a model must not change what the policy samples.
         """
-        self.num_steps, self.num_envs, self.device = rollout.num_steps, rollout.num_envs, rollout.device
+        self.num_envs, self.device = rollout.num_envs, rollout.device
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
         self.capacity = num_rollouts * rollout.num_steps
         self.size = 0
         """Steps stored so far, at most :attr:`capacity`."""
         self.head = 0
         """Slot that the next rollout is written to."""
+        self.newest = torch.arange(0, device=self.device)
+        """Slots of the newest rollout."""
         self._fields = {}
         for name in (*SEQUENCE_FIELDS, "planned"):
             source = getattr(rollout, name)
@@ -71,26 +77,22 @@ class ReplayBuffer:
                 self._fields[name] = TensorDict(buffers, batch_size=(self.capacity, self.num_envs), device=self.device)
             else:
                 self._fields[name] = self._allocate(source)
-        self._fields["along"] = torch.zeros(self.capacity, self.num_envs, len(DIRECTIONS), device=self.device)
+        self._fields["notes"] = torch.zeros(self.capacity, self.num_envs, len(NOTES), device=self.device)
 
     def _allocate(self, source: torch.Tensor) -> torch.Tensor:
         return torch.zeros(self.capacity, *source.shape[1:], dtype=source.dtype, device=self.device)
 
     def add(self, rollout: RolloutStorage) -> None:
-        """Copy a finished rollout over the oldest one."""
-        window = slice(self.head, self.head + self.num_steps)
+        """Copy a finished rollout over the oldest steps."""
+        self.newest = (self.head + torch.arange(rollout.num_steps, device=self.device)) % self.capacity
         for name, buffer in self._fields.items():
-            if name == "along":
-                buffer[window] = 0.0  # until :meth:`note`
-            else:
-                buffer[window].copy_(getattr(rollout, name))
-        self.head = (self.head + self.num_steps) % self.capacity
-        self.size = min(self.size + self.num_steps, self.capacity)
+            buffer[self.newest] = 0.0 if name == "notes" else getattr(rollout, name)  # until :meth:`note`
+        self.head = (self.head + rollout.num_steps) % self.capacity
+        self.size = min(self.size + rollout.num_steps, self.capacity)
 
-    def note(self, direction: str, along: torch.Tensor) -> None:
-        """Say how far the noise of the newest rollout's actions lay along one of :data:`DIRECTIONS`, (T, N)."""
-        window = slice((self.head - self.num_steps) % self.capacity, None)
-        self._fields["along"][window][: self.num_steps, :, DIRECTIONS.index(direction)] = along
+    def note(self, name: str, values: torch.Tensor) -> None:
+        """Note one of :data:`NOTES` of the newest rollout, (T, N)."""
+        self._fields["notes"][self.newest, :, NOTES.index(name)] = values
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs, as tensors and plain values; the tensors are those in use."""

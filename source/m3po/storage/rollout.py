@@ -145,6 +145,12 @@ class RolloutStorage:
             lost = self.lost.view(*self.lost.shape, *[1] * (field.dim() - 2))
             field.masked_fill_(lost & ~field.isfinite(), 1.0 if name == "std" else 0.0)
 
+    def of_length(self, num_steps: int) -> RolloutStorage:
+        """An empty storage that differs in the number of steps alone; this one where it does not."""
+        if num_steps == self.num_steps:
+            return self
+        return RolloutStorage(self.obs[0], list(self.next_obs.keys()), num_steps, self.actions.shape[-1], self.device)
+
     def clear(self) -> None:
         """Start the next rollout."""
         if self.any_lost:
