@@ -43,12 +43,16 @@ def load(data: Path) -> Runs:
 
 
 def smooth(curve: dict[str, np.ndarray]) -> np.ndarray:
-    """Training reward per step, averaged over the last :data:`WINDOW` environment steps at each iteration."""
+    """Training reward per step, averaged over the last :data:`WINDOW` environment steps at each row.
+
+    Rows stand for one rollout or several.
+    """
     steps, reward = curve["env_steps"], curve["mean_step_reward"]
     first = np.searchsorted(steps, steps - WINDOW, side="right")
-    sums = np.concatenate(([0.0], np.cumsum(reward)))
+    taken = np.concatenate(([0.0], steps))
+    sums = np.concatenate(([0.0], np.cumsum(reward * np.diff(taken))))
     last = np.arange(1, len(reward) + 1)
-    return (sums[last] - sums[first]) / (last - first)
+    return (sums[last] - sums[first]) / (taken[last] - taken[first])
 
 
 def reached(curve: dict[str, np.ndarray], level: float) -> tuple[float, float]:
@@ -81,10 +85,10 @@ def summarise(record: dict[str, Any], half: float, levels: dict[float, float]) -
     """
     curve = record["curve"]
     steps, seconds, reward = curve["env_steps"], curve["seconds"], curve["mean_step_reward"]
-    num_envs = record.get("num_envs", 512)
+    num_envs, taken, early = record.get("num_envs", 512), np.diff(steps, prepend=0.0), steps <= half
     summary = {
-        "area": float(np.average(reward, weights=np.diff(steps, prepend=0.0))),
-        "area_half": float(reward[steps <= half].mean()),
+        "area": float(np.average(reward, weights=taken)),
+        "area_half": float(np.average(reward[early], weights=taken[early])),
         "area_seconds": float(np.average(reward, weights=np.diff(seconds, prepend=0.0))),
         "last": float(smooth(curve)[-1]),
         "mean_return": float(curve["mean_return"][-1]),

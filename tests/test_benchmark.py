@@ -86,6 +86,8 @@ def test_a_level_is_reached_by_the_average_over_a_window_of_steps():
     assert reached(curve, 7.6) == (np.inf, np.inf)
     assert reached(curve | {"mean_step_reward": np.arange(10.0, 0.0, -1.0)}, 7.0) == (40_000, 40)  # not before a window
     longer = {"env_steps": steps * 8, "seconds": steps, "mean_step_reward": np.arange(10.0)}
+    waited = {"env_steps": 1e4 * np.array([2, 4, 8, 9]), "mean_step_reward": np.array([0.0, 1.0, 4.0, 8.0])}
+    assert smooth(waited).tolist() == [0.0, 0.5, 4.0, 4.8]  # the last window begins within a row of four rollouts
     assert smooth(longer).tolist() == list(range(10))  # a rollout longer than the window is its own average
 
 

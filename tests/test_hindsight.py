@@ -1,5 +1,6 @@
 """What plans and updates were worth is told by the rewards that followed, and decides how far the next ones go."""
 
+import csv
 import math
 
 import pytest
@@ -328,6 +329,43 @@ def test_an_update_that_waited_learns_from_all_of_its_steps(monkeypatch):
     newest = alg.replay.latest(64, ("actions",))["actions"]
     torch.testing.assert_close(newest, torch.cat(seen))
     assert [len(actions) for actions in seen] == [32, 32]
+
+
+class Asked:
+    """An evaluator that only remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.iterations: list[int] = []
+
+    def submit(self, checkpoint_path: str, iteration: int) -> None:
+        self.iterations.append(iteration)
+
+    def poll(self) -> list[dict]:
+        return []
+
+    wait = poll
+
+    def close(self) -> None:
+        pass
+
+
+def test_checkpoints_and_evaluations_come_with_the_update_that_passes_their_iteration(tmp_path):
+    cfg, asked = runner_cfg(world_model={"replay_transitions": 88 * 32}), Asked()
+    cfg |= {"save_interval": 5, "eval_interval": 6, "keep_checkpoints": 9}
+    runner = M3PORunner(PointEnv(32), cfg, str(tmp_path), "cpu", asked)
+    alg = runner.alg
+    alg.gates.ppo_budget.fill_(0.25)
+    alg.gates.plan_budget.fill_(0.25)
+    alg.hindsight.measured = False
+    runner.learn(18)  # updates after 4, 8, 12, 16 and 18 iterations
+    assert asked.iterations == [7, 11, 17]
+    assert {path.name for path in tmp_path.glob("model_*.pt")} == {
+        "model_7.pt", "model_11.pt", "model_15.pt", "model_17.pt", "model_last.pt"
+    }  # fmt: skip
+    with open(tmp_path / "progress.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["iteration"]) for row in rows] == [3, 7, 11, 15, 17]
+    assert [int(row["env_steps"]) for row in rows] == [32 * 8 * done for done in (4, 8, 12, 16, 18)]
 
 
 # -- long runs ---------------------------------------------------------------------------------------------------------
