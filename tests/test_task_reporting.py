@@ -2,15 +2,18 @@
 
 import csv
 import math
+import sys
 from collections import deque
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy_env import PointEnv, runner_cfg
 
+from m3po.runners import M3PORunner
 from m3po.runners.episode_statistics import EpisodeStatistics, capped_score
-from m3po.runners.reporting import COLUMNS, EVALUATION_FIELDS, TASK_FIELDS, Reporter, console_block
+from m3po.runners.reporting import COLUMNS, EVALUATION_FIELDS, TASK_FIELDS, Reporter, console_block, console_line
 
 NAMES = ("reach", "walk", "free")
 IDS = torch.tensor([0, 0, 0, 1, 1, 2])
@@ -301,3 +304,35 @@ def test_of_many_tasks_the_console_shows_the_lowest_scores():
     shown = [line.split() for line in lines if line.startswith("t") and line[1:3].isdigit()]
     assert [float(cells[1]) for cells in shown] == [float(k) for k in range(20)]
     assert "7 tasks with higher scores, or none, are not shown." in lines
+
+
+def test_the_console_leaves_out_what_is_off():
+    row = dict.fromkeys(COLUMNS, 1.0) | {"env_steps": 600, "Episode_Reward/alive": 0.0, "Episode_Reward/energy": -0.5}
+    losses, metrics = {"value": 0.0, "surrogate": 0.25}, {"plan/kl": 0.0, "plan/gain": 0.5}
+    text = console_block("Iteration 1/2", row, losses, metrics, 0.0)
+    assert not any(name in text for name in ("value", "plan/kl", "alive"))
+    assert all(line in text for line in ("loss/surrogate: 0.2500", "plan/gain: 0.5000", "energy: -0.5000"))
+
+
+def test_a_line_says_the_most_important():
+    statistics = build()
+    everyone = torch.ones(6, dtype=torch.bool)
+    statistics.add(torch.arange(6.0), everyone, {"success": torch.where(IDS == 0, 1.0, torch.nan)})
+    row = report_row(0, statistics)
+    line = console_line("Iteration 1/2", row, 61.0)
+    assert "\n" not in line
+    assert line.startswith("[m3po] Iteration 1/2: ")
+    for part in (f"{row['env_steps']:,} steps", "return ", "length 1", "success 1", "score ", "0:01:01 left"):
+        assert part in line, part
+
+
+@pytest.mark.parametrize(
+    ("options", "terminal", "quiet"), [({}, True, False), ({}, False, True), ({"quiet": False}, False, False)]
+)
+def test_a_run_prints_blocks_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch, options, terminal, quiet):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    M3PORunner(PointEnv(8), runner_cfg() | options, None, "cpu").learn(2)
+    text = capsys.readouterr().out
+    assert text.count("Iteration 2/2") == 1
+    assert ("[m3po] Iteration 2/2: " in text) == quiet
+    assert ("Steps per second:" in text) != quiet

@@ -17,7 +17,7 @@ from m3po import distributed
 from m3po.algorithms.construction import parse_algorithm_cfg
 from m3po.cli import print_config, suite_job
 from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
-from m3po.cli.training import add_checkpoint_arguments, add_start_arguments, train
+from m3po.cli.training import add_report_arguments, add_start_arguments, report_settings, train
 from m3po.elastic import Launch
 from m3po.envs.suite import suites
 from m3po.errors import UserError
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         default="all",
         help="Of a checkpoint, train all, or the embeddings and action noise of the tasks alone.",
     )
-    add_checkpoint_arguments(parser)
+    add_report_arguments(parser)
     parser.add_argument("--eval_envs", type=at_least(2), default=10, help="Environments of an evaluation, per task.")
     parser.add_argument(
         "--restart_members", "--restart-members", action="store_true", help="Restart a task's process that dies."
@@ -150,7 +150,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _runner_cfg(job: suite_job.SuiteJob) -> dict[str, Any]:
-    return job.train_cfg | {name: getattr(job.args, name) for name in ("eval_interval", "keep_checkpoints")}
+    return job.train_cfg | report_settings(job.args)
 
 
 def _find_start(job: suite_job.SuiteJob) -> tuple[Path, Path] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from m3po.cli.arguments import at_least
 from m3po.runners import M3PORunner
@@ -24,8 +25,13 @@ def add_start_arguments(group: argparse._MutuallyExclusiveGroup) -> None:
     )
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of evaluations and of what is kept."""
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what is printed, evaluated and kept."""
+    parser.add_argument(
+        "--quiet",
+        action=argparse.BooleanOptionalAction,
+        help="One line per iteration; by default where the output is not a terminal.",
+    )
     parser.add_argument(
         "--eval_interval",
         type=at_least(0),
@@ -38,6 +44,12 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         default=M3PORunner.KEPT,
         help="Newest numbered checkpoints to keep, besides model_last.pt and model_best.pt.",
     )
+
+
+def report_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """These options as fields of a runner's configuration."""
+    settings = {name: getattr(args, name) for name in ("eval_interval", "keep_checkpoints")}
+    return settings if args.quiet is None else settings | {"quiet": args.quiet}
 
 
 def train(runner: M3PORunner, run_dir: Path, iterations: int, resumed: Path | None, init_at_random_ep_len: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from m3po.runners.checkpointing import CheckpointingRunner
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
 from m3po.runners.quarantine import Quarantine
-from m3po.runners.reporting import Reporter, console_block
+from m3po.runners.reporting import Reporter, console_block, console_line
 from m3po.runners.task_transfer import describe_tasks, described_tasks, transferred
 from m3po.stopping import StopSignals
 from m3po.stopwatch import Stopwatch
@@ -78,6 +79,7 @@ class M3PORunner(CheckpointingRunner):
         Args:
             env: Environment.
             train_cfg: Runner configuration as in rsl_rl; ``task`` and ``algo`` name task and algorithm in checkpoints,
+                ``quiet`` prints a line after each iteration (by default where the output is not a terminal),
                 ``eval_interval`` is the number of iterations between evaluations, ``keep_checkpoints`` the number of
                 numbered checkpoints that are kept.
             log_dir: Folder of the run; nothing is written without one.
@@ -101,6 +103,8 @@ class M3PORunner(CheckpointingRunner):
         self.reporter = Reporter(log_dir)
         self.quarantine = Quarantine(self.env, self.cfg, log_dir, self.device)
         self.statistics = EpisodeStatistics.of(env, device)
+        self.quiet = self.cfg.get("quiet", not sys.stdout.isatty())
+        """Whether a line is printed after each iteration instead of a block."""
         self.best_return = float("-inf")
         self.env_steps, self.seconds = 0, 0.0
         self.first_iteration = 0
@@ -156,7 +160,9 @@ class M3PORunner(CheckpointingRunner):
                 self.reporter.report(row, losses, metrics)
                 eta = (self.seconds - start_seconds) / (it - first) * (total - it)
                 if distributed.is_main():
-                    print(console_block(f"Iteration {it}/{total}", row, losses, metrics, eta), flush=True)
+                    title = f"Iteration {it}/{total}"
+                    line = self.quiet and console_line(title, row, eta)
+                    print(line or console_block(title, row, losses, metrics, eta), flush=True)
                 self._checkpoint(it, count, last=it == total)
                 if self._stopped():
                     if self.run_dir is not None:

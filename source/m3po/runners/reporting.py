@@ -179,7 +179,7 @@ class Reporter:
 def console_block(
     title: str, row: dict[str, float], losses: dict[str, float], metrics: dict[str, float], eta: float
 ) -> str:
-    """The text printed after an iteration.
+    """The text printed after an iteration on a terminal. What is exactly 0 is off, or did not happen, and is left out.
 
     Args:
         title: First line.
@@ -213,17 +213,27 @@ def console_block(
     add("Action std", f"{row['action_std']:.3f}")
     add("Learning rate", f"{row['learning_rate']:.2e}")
     for name, value in {**{f"loss/{k}": v for k, v in losses.items()}, **metrics}.items():
-        add(name, f"{value:.4f}")
+        if value != 0.0:
+            add(name, f"{value:.4f}")
     if tasks:  # their own logs are in TensorBoard; here they would be as many lines as tasks times entries
         lines += ["", *_task_table(tasks)]
     else:
         for name, value in row.items():
-            if "/" in name:
+            if "/" in name and value != 0.0:
                 add(name, f"{value:.4f}")
     lines.append("-" * width)
     add("Time elapsed", str(datetime.timedelta(seconds=int(row["seconds"]))))
     add("ETA", str(datetime.timedelta(seconds=int(eta))))
     return "\n".join(lines) + "\n"
+
+
+def console_line(title: str, row: dict[str, float], eta: float) -> str:
+    """The line printed instead of :func:`console_block` where nobody watches; the files of the run hold the rest."""
+    parts = [f"{row['env_steps']:,} steps", f"{row['steps_per_second']:,.0f} steps/s"]
+    names = {"mean_return": "return", "mean_length": "length", "success": "success", "score_mean": "score"}
+    parts += [f"{label} {row[name]:.4g}" for name, label in names.items() if name in row]
+    parts += [f"reward {row['mean_step_reward']:.4g}", f"{datetime.timedelta(seconds=int(eta))} left"]
+    return f"[m3po] {title}: " + ", ".join(parts)
 
 
 def _task_table(tasks: dict[str, dict[str, float]]) -> list[str]:

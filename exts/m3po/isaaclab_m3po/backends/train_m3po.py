@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """Options of training; those shared with playing come from :mod:`isaaclab_m3po.launch`."""
-    from m3po.cli.training import add_checkpoint_arguments, add_start_arguments
+    from m3po.cli.training import add_report_arguments, add_start_arguments
 
     parser = Parser(description="Train M3PO, or rsl_rl's PPO in the same harness, on an Isaac Lab task.")
     launch.add_common_arguments(parser)
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
     parser.add_argument("--run_name", help="Appended to the name of the run folder.")
     add_start_arguments(parser.add_mutually_exclusive_group())
-    add_checkpoint_arguments(parser)
+    add_report_arguments(parser)
     parser.add_argument("--eval_envs", type=at_least(2), default=32, help="Environments of an evaluation.")
     return parser
 
@@ -77,7 +77,9 @@ def _main(argv: list[str]) -> int:
 
 
 def _runner_cfg(job: launch.Job) -> dict[str, Any]:
-    return job.train_cfg() | {name: getattr(job.args, name) for name in ("eval_interval", "keep_checkpoints")}
+    from m3po.cli.training import report_settings
+
+    return job.train_cfg() | report_settings(job.args)
 
 
 def _create_run(job: launch.Job) -> Path:
