@@ -123,7 +123,7 @@ def test_same_seed_same_result_bit_for_bit():
 
 
 def test_reports_and_checkpoints(tmp_path, capsys):
-    run = train(runner_cfg() | {"task": "Point"}, 4, str(tmp_path))
+    run = train(runner_cfg() | {"task": "Point", "quiet": False}, 4, str(tmp_path))
     with open(tmp_path / "progress.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["iteration"]) for r in rows] == [0, 1, 2, 3]

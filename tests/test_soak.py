@@ -101,7 +101,7 @@ def start(log_root: Path, output: Path, life: int, resume: bool) -> subprocess.P
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     deadline = time.monotonic() + 300
-    while output.read_bytes()[position:].count(b"Steps per second") < 2:
+    while output.read_bytes()[position:].count(b"] Iteration ") < 2:
         assert process.poll() is None, output.read_text()[-4000:]
         assert time.monotonic() < deadline, output.read_text()[-4000:]
         time.sleep(0.5)

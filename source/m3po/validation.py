@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+
 from m3po.config import AlgorithmCfg
+
+UNBOUNDED = ("max_grad_norm", "planner.max_learning_kl", "planner.max_acting_kl")
+"""Numbers that may be infinite: no limit."""
 
 
 def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cpu") -> None:
@@ -18,6 +25,7 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ValueError: Names the field, its value and what is allowed.
     """
     model, planner, bonus, replay = cfg.world_model, cfg.planner, cfg.bonus, cfg.critic_replay
+    _check_types(cfg)
 
     def require(ok: bool, message: str) -> None:
         if not ok:
@@ -75,10 +83,20 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("value_loss_coef", cfg.value_loss_coef),
         ("std_learning_rate", cfg.std_learning_rate),
         ("replay_ratio", cfg.replay_ratio),
+        ("entropy_coef", cfg.entropy_coef),
     )
     for name, value in at_least_zero:
         require(value >= 0, f"{name} must not be negative, got {value}.")
-    require(planner.full_gain > 0, f"planner.full_gain must be positive, got {planner.full_gain}.")
+    positive = (
+        ("learning_rate", cfg.learning_rate),
+        ("clip_param", cfg.clip_param),
+        ("desired_kl", cfg.desired_kl),
+        ("max_grad_norm", cfg.max_grad_norm),
+        ("planner.full_gain", planner.full_gain),
+        ("planner.temperature", planner.temperature),
+    )
+    for name, value in positive:
+        require(value > 0, f"{name} must be positive, got {value}.")
     require(model.features % 8 == 0, f"world_model.features must be a multiple of 8, got {model.features}.")
     require(model.anchor or model.features > 0, "world_model.features must be positive without the anchor, got 0.")
     require(0.0 <= planner.share <= 1.0, f"planner.share must lie in [0, 1], got {planner.share}.")
@@ -110,3 +128,25 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         require(0.0 <= value <= 1.0, f"{name} must lie in [0, 1], got {value}.")
     decay = cfg.policy_average_decay
     require(0.0 <= decay < 1.0, f"policy_average_decay must lie in [0, 1), got {decay}.")
+
+
+def _check_types(cfg: Any, prefix: str = "") -> None:
+    """Check that numbers are numbers, whole where they count something, and switches are switches.
+
+    Raises:
+        ValueError: Names the field and its value.
+    """
+    for field in dataclasses.fields(cfg):
+        name, value = prefix + field.name, getattr(cfg, field.name)
+        kind = getattr(field.type, "__name__", field.type)
+        if dataclasses.is_dataclass(value):
+            _check_types(value, f"{name}.")
+        elif kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}.")
+        elif kind in ("int", "float"):
+            what = "a whole number" if kind == "int" else "a number"
+            kinds = int if kind == "int" else (int, float)
+            if not isinstance(value, kinds) or isinstance(value, bool) or math.isnan(value):
+                raise ValueError(f"{name} must be {what}, got {value!r}.")
+            if math.isinf(value) and name not in UNBOUNDED:
+                raise ValueError(f"{name} must be finite, got {value}.")
