@@ -427,3 +427,26 @@ def test_a_single_task_without_evaluations_plays_its_latest_checkpoint(tmp_path,
     assert (task["num_episodes"], task["length_mean"]) == (1, 500.0)
     assert sorted(path.name for path in (run / "exported").iterdir()) == ["policy.onnx", "policy.pt"]
     assert len(iio.imread(film)) == 2
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option", [("--seed", "5000000000"), ("--seed", "-2"), ("agent.seed=5000000000",), ("agent.seed=x",)]
+)
+def test_impossible_seeds_are_refused_in_one_line(option):
+    with pytest.raises(UserError, match=r"2147483647|at least -1|expects an integer"):
+        make_job(*WALKER, *option)
+
+
+@pytest.mark.parametrize("option", [("--seed", "-1"), ("agent.seed=-1",)])
+def test_the_seed_that_was_drawn_is_recorded(option):
+    jobs = [make_job(*WALKER, *option) for _ in range(2)]
+    assert all(job.seed == job.train_cfg["seed"] >= 0 for job in jobs)
+    assert jobs[0].seed != jobs[1].seed
+
+
+def test_an_override_of_the_seed_is_that_of_the_environments_too():
+    job = make_job(*WALKER, "--seed", "3", "agent.seed=8")
+    assert job.seed == job.train_cfg["seed"] == 8

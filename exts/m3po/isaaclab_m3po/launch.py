@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from m3po import distributed
-from m3po.cli.arguments import Parser, at_least, check_device
+from m3po.cli.arguments import Parser, any_seed, at_least, check_device, drawn
 from m3po.errors import M3POError, UserError
 from m3po.presets import describe
 
@@ -101,7 +101,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="Agent configuration, for example m3po_paper_cfg_entry_point (default: that of the algorithm).",
     )
     parser.add_argument("--num_envs", type=at_least(1), help="Environments simulated at once.")
-    parser.add_argument("--seed", type=at_least(-1), help="Seed of everything random; -1 draws one.")
+    parser.add_argument("--seed", type=any_seed, help="Seed of everything random; -1 draws one.")
     parser.add_argument(
         "--assets",
         choices=assets.MODES,
@@ -154,7 +154,7 @@ def prepare(request: Request, play: bool = False) -> Job:
     """
     from isaaclab.app import validate_launch
     from isaaclab.utils import validate
-    from isaaclab_rl.entrypoints.common import apply_env_overrides, resolve_seed
+    from isaaclab_rl.entrypoints.common import apply_env_overrides
 
     from . import agents, heterogeneous
     from .overrides import resolve_configurations
@@ -179,7 +179,7 @@ def prepare(request: Request, play: bool = False) -> Job:
         if getattr(args, name, None) is not None:
             setattr(agent_cfg, name, getattr(args, name))
     agent_cfg.device = device
-    agent_cfg.seed = agent_cfg.seed if args.seed is None else resolve_seed(args.seed)
+    agent_cfg.seed = drawn(agent_cfg.seed if args.seed is None else args.seed)
     apply_env_overrides(args, env_cfg)
     env_cfg.seed = agent_cfg.seed
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -60,6 +61,29 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+LARGEST_SEED = 2**31 - 1
+"""Seeds of tasks and processes are a little larger, and all of them must fit 32 bits."""
+
+
+def any_seed(text: str) -> int:
+    """Argument type: a seed, or -1 for one that is to be drawn."""
+    value = at_least(-1)(text)
+    if value > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_SEED}, got {value}")
+    return value
+
+
+def drawn(value: Any) -> int:
+    """A seed as it is used and recorded: one that is drawn for -1.
+
+    Raises:
+        UserError: If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= LARGEST_SEED:
+        raise UserError(f"the seed must be an integer from -1 to {LARGEST_SEED}, got {value!r}")
+    return random.randrange(LARGEST_SEED) if value == -1 else value
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,7 +18,7 @@ from rsl_rl.env import VecEnv
 from m3po import distributed
 from m3po.algorithms.construction import check_cfg
 from m3po.baselines.ppo import check_ppo_cfg
-from m3po.cli.arguments import at_least, check_device
+from m3po.cli.arguments import any_seed, at_least, check_device, drawn
 from m3po.cli.overrides import assign, parse_value
 from m3po.envs.absent import AbsentEnv
 from m3po.envs.member_process import ProcessMember
@@ -100,7 +99,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     count = parser.add_mutually_exclusive_group()
     count.add_argument("--num_envs", type=at_least(1), help="Environments in total, split evenly over the tasks.")
     count.add_argument("--num_envs_per_task", type=at_least(1), help="Environments of each task.")
-    parser.add_argument("--seed", type=at_least(-1), default=0, help="Seed of everything random; -1 draws one.")
+    parser.add_argument("--seed", type=any_seed, default=0, help="Seed of everything random; -1 draws one.")
     parser.add_argument("--device", help="Torch device of agent and environments (default: CUDA where available).")
     parser.add_argument(
         "--assets",
@@ -154,12 +153,12 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
     if getattr(args, "in_group", False):
         device = distributed.local_device(device)
     sizes = _sizes(args, names, device)
-    seed = random.randrange(2**31) if args.seed == -1 else args.seed
     multi_task = args.multi_task or len(infos) > 1 or getattr(args, "transfer", None) is not None
-    train_cfg = _train_cfg(args, infos, multi_task, device, seed)
+    train_cfg = _train_cfg(args, infos, multi_task, device, args.seed)
     for token in rest:
         key, text = token.split("=", 1)
         assign(train_cfg, key.removeprefix("agent."), parse_value(text), "agent")
+    train_cfg["seed"] = drawn(train_cfg["seed"])
     num_steps, share = train_cfg["num_steps_per_env"], train_cfg["quarantine_share"]
     if args.algo == "ppo":
         check_ppo_cfg(train_cfg["algorithm"], sum(sizes), num_steps, share)
@@ -167,7 +166,7 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
     else:
         check_cfg(train_cfg["algorithm"], sum(sizes), num_steps, device, share=share)
         train_cfg["algorithm"] = dataclasses.asdict(train_cfg["algorithm"]) | {"class_name": "m3po.algorithms:M3PO"}
-    return SuiteJob(args, rest, infos, sizes, device, seed, multi_task, train_cfg)
+    return SuiteJob(args, rest, infos, sizes, device, train_cfg["seed"], multi_task, train_cfg)
 
 
 def _sizes(args: argparse.Namespace, names: list[str], device: str) -> list[int]:
