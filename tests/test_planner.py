@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from m3po.algorithms.behaviour import Behaviour
 from m3po.algorithms.gates import FULL_REALISED
+from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.config import AlgorithmCfg, PlannerCfg
 from m3po.kernels.elites import project_torch
 from m3po.kernels.sampling import philox4x32, planner_noise
@@ -412,6 +413,21 @@ def test_played_plans_go_as_far_as_acting_on_them_was_worth(worth, part):
     whole, found = (actions - alg.actor(obs) for actions in played)
     assert whole.abs().max() > 0.0
     torch.testing.assert_close(found, part * whole)
+
+
+@pytest.mark.parametrize(
+    ("budget", "waited", "kl"), [(1.0, 1, 0.06), (0.25, 1, 0.015), (0.25, 4, 0.06), (1e-3, 1, 6e-5)]
+)
+def test_played_plans_go_no_further_than_those_of_an_update(budget, waited, kl):
+    alg = build(share=1.0, num_iterations=0)
+    alg.gates.gradient_size.fill_(1e-9)  # so that all plans are as long as they may be
+    alg.gates.gain.fill_(1e3)
+    alg.gates.plan_budget.fill_(budget)
+    alg.gates.waited = waited
+    obs = alg.storage.obs[0].clone()
+    mean, std = PolicyOutputs(alg.actor)(obs)
+    moved = (alg.behaviour.planner_policy(alg.actor)(obs) - mean) / std
+    torch.testing.assert_close(0.5 * moved.square().sum(-1), torch.full((len(mean),), kl), rtol=1e-2, atol=1e-7)
 
 
 def test_gaussian_log_prob_is_torchs():

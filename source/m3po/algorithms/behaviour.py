@@ -191,7 +191,8 @@ class Behaviour:
     def planner_policy(self, actor: MLPModel) -> Callable[[TensorDict], torch.Tensor]:
         """A noise-free policy that plans in every environment, around another policy than the newest.
 
-        Plans go as far as acting on them was worth while training: not at all where it was worth nothing.
+        Plans go as far as an update would: the policy is played as it would be after learning from them. They are
+        shorter where acting on them was worth less while training, and 0 where it was worth nothing.
 
         Args:
             actor: The policy.
@@ -211,10 +212,16 @@ class Behaviour:
             other.step += 1
             if self.cfg.execution == "mppi":
                 return plan.mean
-            part = self.gates.worth_acting()[task].unsqueeze(-1) if self.gated else 1.0
+            part = self._played_part()[task].unsqueeze(-1) if self.gated else 1.0
             return mean + part * (self._accept(plan.gain, mean, plan.mean) - mean)
 
         return act
+
+    def _played_part(self) -> torch.Tensor:
+        """Part of a plan that is played, of its length, (K,)."""
+        longest = min(self.cfg.max_acting_kl, 0.5 * MAX_NOISE**2)
+        update = self.cfg.max_learning_kl * self.gates.part("plan") / longest
+        return self.gates.worth_acting() * update.clamp(max=1.0).sqrt()
 
     @staticmethod
     def _accept(gain: torch.Tensor, mu: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
