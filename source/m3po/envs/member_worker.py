@@ -21,6 +21,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.logs import NewLogs
 from m3po.envs.shared_tensors import Sizes, cut, synchronize
 from m3po.stopping import leave_signals_to_the_parent
 
@@ -98,7 +99,7 @@ class _Worker:
         self.env = env
         obs_dim = env.get_observations()["policy"].shape[1]
         self.sizes = Sizes(env.num_envs, obs_dim, env.num_actions, int(env.max_episode_length), str(env.device))
-        self.last_log: dict[str, Any] | None = None
+        self.logs = NewLogs()
 
     def share(self, block_and_slot: tuple[torch.Tensor, int]) -> None:
         """Take the block, which comes before anything else, and write the current observations to it."""
@@ -149,9 +150,6 @@ class _Worker:
         self.shared["episode_length_buf"].copy_(self.env.episode_length_buf)
 
     def _new_log(self, extras: dict[str, Any]) -> dict[str, float]:
-        """Means of the log's entries; nothing where it is the object of an earlier step, which Isaac Lab repeats."""
-        log = extras.get("log")
-        if not log or log is self.last_log:
-            return {}
-        self.last_log = log
+        """Means of a new log's entries."""
+        log = self.logs.take(extras.get("log"))
         return {key: torch.as_tensor(value, dtype=torch.float32).mean().item() for key, value in log.items()}

@@ -13,6 +13,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.logs import NewLogs
 from m3po.envs.member_process import MemberError, ProcessMember
 from m3po.envs.member_worker import reason
 from m3po.envs.padding import Padding
@@ -84,7 +85,7 @@ class MultiTaskVecEnv(VecEnv):
             self._pad, self._pad_final = self._padding(), self._padding()
             self._obs = self._pad(first)
         self._concurrent = [k for k, env in enumerate(self._envs) if hasattr(env, "step_async")]
-        self._last_logs: list[dict[str, Any] | None] = [None] * self.num_tasks
+        self._logs = [NewLogs() for _ in self.members]
         self._deaths: list[list[int]] = [[] for _ in members]
         self._num_steps = 0
 
@@ -282,13 +283,10 @@ class MultiTaskVecEnv(VecEnv):
         return merged
 
     def _new_logs(self, extras: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Entries of new logs. Isaac Lab repeats its log, the same object, at every step until the next reset."""
+        """Entries of new logs."""
         merged = {}
-        for k, extra in enumerate(extras):
-            log = extra.get("log")
-            if log and log is not self._last_logs[k]:
-                self._last_logs[k] = log
-                merged |= {f"{self.task_names[k]}/{key}": value for key, value in log.items()}
+        for name, logs, extra in zip(self.task_names, self._logs, extras, strict=True):
+            merged |= {f"{name}/{key}": value for key, value in logs.take(extra.get("log")).items()}
         return merged
 
     # -- tensors ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from rsl_rl.env import VecEnv
 
 from m3po import distributed
+from m3po.envs.logs import NewLogs
 from m3po.evaluation import capped_score, is_success_rate
 
 
@@ -58,7 +59,7 @@ class EpisodeStatistics:
         self._rewards = torch.zeros(2, num_envs, device=device)
         """Sum of the rewards and number of the steps since the last reading."""
         self._logs: list[dict[str, Any]] = []
-        self._last_log: dict[str, Any] | None = None
+        self._new_logs = NewLogs()
 
     @classmethod
     def of(cls, env: VecEnv, device: str) -> EpisodeStatistics:
@@ -88,11 +89,8 @@ class EpisodeStatistics:
         self._steps.append((dones & ~lost, torch.stack((self._return, self._length, success))))
         self._return.masked_fill_(dones, 0.0)
         self._length.masked_fill_(dones, 0.0)
-        log = extras.get("log", extras.get("episode"))
-        # The environment repeats its dictionary until the next reset; a new reset brings a new object.
-        if log and log is not self._last_log:
-            self._logs.append(dict(log))
-            self._last_log = log
+        if log := self._new_logs.take(extras.get("log", extras.get("episode"))):
+            self._logs.append(log)
 
     def read(self) -> dict[str, float]:
         """Statistics since the last call: the only host synchronisation of an iteration's bookkeeping.
