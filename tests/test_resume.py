@@ -319,6 +319,15 @@ class TestFindingARun:
         (first / BEST).write_bytes((first / "model_1.pt").read_bytes())
         assert find_run(experiment, "best", self.belongs) == (first, first / BEST)
 
+    @pytest.mark.parametrize("name", ["lr=[0.1]", "what?", "a*b", "[!x]", "two words"])
+    def test_a_name_is_no_pattern(self, experiment, name):
+        first, second = experiment / "2026-01-01_00-00-00_first", experiment / "2026-01-02_00-00-00"
+        second.rename(experiment / f"{second.name}_{name}")
+        run = experiment / f"{second.name}_{name}"
+        first.rename(experiment / "2026-01-01_00-00-00_axb")
+        assert find_run(experiment, name, self.belongs) == (run, run / LAST)
+        assert find_run(experiment, run.name, self.belongs) == (run, run / LAST)
+
     @pytest.mark.parametrize("wanted", ["third", "best", "", "../..", "[", "/nowhere", "*", "a/b/../c"])
     def test_what_is_not_there_is_refused(self, experiment, wanted):
         for folder in experiment.iterdir():

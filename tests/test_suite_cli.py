@@ -429,7 +429,14 @@ def test_a_single_task_without_evaluations_plays_its_latest_checkpoint(tmp_path,
     assert len(iio.imread(film)) == 2
 
 
-# -- seeds ------------------------------------------------------------------------------------------------------------
+# -- names and seeds --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a/b", "..\\c", "", "a\nb"])
+@pytest.mark.parametrize("task", ["walker-walk", "Isaac-Cartpole-v0"])
+def test_names_of_runs_that_are_no_folders_are_refused(capsys, task, name):
+    assert train.run(["--task", task, "--run_name", name]) == 2
+    assert "--run_name: must be part of a folder's name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

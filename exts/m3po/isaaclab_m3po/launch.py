@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from m3po import distributed
-from m3po.cli.arguments import Parser, any_seed, at_least, check_device, drawn
+from m3po.cli.arguments import Parser, any_seed, at_least, check_device, drawn, folder_name
 from m3po.errors import M3POError, UserError
 from m3po.presets import describe
 
@@ -178,6 +178,10 @@ def prepare(request: Request, play: bool = False) -> Job:
     for name in ("max_iterations", "experiment_name", "run_name"):  # options of training only
         if getattr(args, name, None) is not None:
             setattr(agent_cfg, name, getattr(args, name))
+    try:
+        folder_name(agent_cfg.run_name or "none")
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"agent.run_name: {error}.") from error
     agent_cfg.device = device
     agent_cfg.seed = drawn(agent_cfg.seed if args.seed is None else args.seed)
     apply_env_overrides(args, env_cfg)

@@ -63,6 +63,13 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return convert
 
 
+def folder_name(text: str) -> str:
+    """Argument type: part of the name of a folder."""
+    if not text or any(character in text for character in "/\\\0\n"):
+        raise argparse.ArgumentTypeError(f"must be part of a folder's name, without slashes, got {text!r}")
+    return text
+
+
 LARGEST_SEED = 2**31 - 1
 """Seeds of tasks and processes are a little larger, and all of them must fit 32 bits."""
 

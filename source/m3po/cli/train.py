@@ -16,7 +16,7 @@ import m3po
 from m3po import distributed
 from m3po.algorithms.construction import parse_algorithm_cfg
 from m3po.cli import print_config, suite_job
-from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
+from m3po.cli.arguments import Parser, add_distributed, at_least, folder_name, guarded
 from m3po.cli.training import add_report_arguments, add_start_arguments, report_settings, train
 from m3po.elastic import Launch
 from m3po.envs.suite import suites
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help="With --distributed: deal the tasks out to the processes, instead of giving each some of every task.",
     )
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
-    parser.add_argument("--run_name", help="Appended to the name of the run folder.")
+    parser.add_argument("--run_name", type=folder_name, help="Appended to the name of the run folder.")
     start = parser.add_mutually_exclusive_group()
     add_start_arguments(start)
     start.add_argument("--transfer", metavar="PATH", help="Start with what a checkpoint of other tasks has learnt.")

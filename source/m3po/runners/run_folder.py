@@ -47,11 +47,12 @@ def find_run(experiment: Path, wanted: str, belongs: Callable[[dict[str, Any]], 
         _check(path.parent, belongs)
         return path.parent, path
     if wanted in SELECTORS:
-        runs = [run for run in _runs(experiment, "*") if _has(run, wanted) and belongs(_manifest(run))]
+        runs = [run for run in _runs(experiment) if _has(run, wanted) and belongs(_manifest(run))]
     elif path.is_dir():
         runs = [path]
     else:
-        runs = _runs(experiment, wanted) or _runs(experiment, f"*_{wanted}")
+        found = _runs(experiment)
+        runs = [run for run in found if run.name == wanted] or [run for run in found if run.name.endswith(f"_{wanted}")]
     if not runs:
         raise UserError(
             f"there is nothing to resume: '{wanted}' is neither a checkpoint nor a run of these tasks in "
@@ -65,12 +66,9 @@ def find_run(experiment: Path, wanted: str, belongs: Callable[[dict[str, Any]], 
     return run, read_newest(run)[0]
 
 
-def _runs(experiment: Path, pattern: str) -> list[Path]:
-    """Folders of runs with a name like this, which may be anything that a user has typed."""
-    try:
-        return [path.parent for path in experiment.glob(f"{pattern}/{MANIFEST}")]
-    except (ValueError, NotImplementedError):  # not a pattern
-        return []
+def _runs(experiment: Path) -> list[Path]:
+    """Folders of all runs of an experiment."""
+    return [path.parent for path in experiment.glob(f"*/{MANIFEST}")]
 
 
 def _has(run: Path, selector: str) -> bool:

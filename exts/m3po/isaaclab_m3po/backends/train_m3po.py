@@ -11,7 +11,7 @@ from typing import Any
 
 from m3po import distributed
 from m3po.cli import print_config
-from m3po.cli.arguments import Parser, add_distributed, at_least, guarded
+from m3po.cli.arguments import Parser, add_distributed, at_least, folder_name, guarded
 from m3po.elastic import Launch
 from m3po.errors import UserError
 
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run_timestamp", help="Name of the run folder instead of the time (train_multigpu gives it).")
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
-    parser.add_argument("--run_name", help="Appended to the name of the run folder.")
+    parser.add_argument("--run_name", type=folder_name, help="Appended to the name of the run folder.")
     add_start_arguments(parser.add_mutually_exclusive_group())
     add_report_arguments(parser)
     parser.add_argument("--eval_envs", type=at_least(2), default=32, help="Environments of an evaluation.")
