@@ -44,7 +44,7 @@ def test_the_gain_opens_plans_in_proportion():
         (GAIN_STEPS / 8, 10_000, GAIN_RATE / 8),  # what a few steps tell is mostly noise
         (100 * GAIN_STEPS, 10_000, GAIN_RATE),
         (GAIN_STEPS / 8, 0, GAIN_RATE),  # at first there is nothing else to go by
-        (GAIN_STEPS / 8, 3, 1 / 8),
+        (GAIN_STEPS / 8, 3, 1 / (1 / GAIN_RATE + 3)),
         (0, 0, 0.0),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_rollouts_gain_reaches_the_gates_with_the_weight_of_its_steps():
     st = alg.storage
     st.lost[:, :3] = st.any_lost = True
     steps = int((~st.lost).sum())
-    for before, weight in ((10_000, 0.2 * steps / 4096), (0, 0.2), (3, 1 / 8)):
+    for before, weight in ((10_000, 0.1 * steps / 4096), (0, 0.1), (3, 1 / 13)):
         alg.gates.gain.fill_(0.5)
         alg.gates.judged.fill_(before)
         gain = alg.hindsight.measure(judged(alg))["plan/gain"]

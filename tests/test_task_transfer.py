@@ -132,6 +132,7 @@ def test_all_that_depends_on_the_tasks_is_named():
 def test_a_common_task_is_planned_as_before(tmp_path):
     """The planner's noise is the same as long as actions have as many dimensions."""
     old = runner("line", "plane", log_dir=tmp_path)
+    open_gates(old.alg)
     old.learn(3)
     new = runner("flat", "plane", "line")
     new.transfer(str(tmp_path / "model_last.pt"))

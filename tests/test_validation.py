@@ -64,7 +64,7 @@ def test_switches_are_switches(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["learning_rate", "clip_param", "desired_kl", "max_grad_norm", "planner.full_gain", "planner.temperature"]
+    "name", ["clip_param", "desired_kl", "max_grad_norm", "planner.full_gain", "planner.temperature"]
 )
 def test_what_must_be_positive_is_not_zero(name):
     with pytest.raises(ValueError, match="must be positive, got 0"):

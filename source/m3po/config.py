@@ -70,7 +70,7 @@ class PlannerCfg:
     max_learning_kl: float = 0.06
     """Trust region of plans that are learnt from: their mean KL to the policy, nats. 0: none are made."""
 
-    full_gain: float = 0.02
+    full_gain: float = 0.015
     """Plans go as far as their trust region allows where real advantages rise along them by this much, in deviations of
     the advantage per deviation of the action. Below that they are proportionally shorter."""
 

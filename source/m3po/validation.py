@@ -84,11 +84,11 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("std_learning_rate", cfg.std_learning_rate),
         ("replay_ratio", cfg.replay_ratio),
         ("entropy_coef", cfg.entropy_coef),
+        ("learning_rate", cfg.learning_rate),
     )
     for name, value in at_least_zero:
         require(value >= 0, f"{name} must not be negative, got {value}.")
     positive = (
-        ("learning_rate", cfg.learning_rate),
         ("clip_param", cfg.clip_param),
         ("desired_kl", cfg.desired_kl),
         ("max_grad_norm", cfg.max_grad_norm),

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-GAIN_RATE, GAIN_STEPS = 0.2, 4096
+GAIN_RATE, GAIN_STEPS = 0.1, 4096
 """Weight in the running mean of the gain of a rollout of so many steps, which tells it to about 0.016. Smaller ones
-weigh in proportion: 512 steps of DMControl tell it to 0.05 to 0.2, where 0.06 is the whole trust region's worth. Until
-there are enough of them, all rollouts so far weigh the same, with four more of gain 0."""
+weigh in proportion, so that the mean is told to about 0.004 everywhere. Until there are enough of them, all rollouts so
+far weigh the same, with nine more of gain 0."""
 
 REALISED_RATE, REALISED_STEPS = 0.1, 1024
 """Weight in the running mean of the realised gain of a rollout with so many planned steps, and fewer in proportion."""
@@ -37,8 +37,9 @@ the square root: the noise of a slope, and so of the budgets, is the same then."
 LEAST_BUDGET = 1.0 / 32.0
 """Smallest part of a KL budget."""
 
-LEAST_SLOPE = 0.01
-"""Slope at its end that makes an update worth its length. What gains less than that is mostly noise."""
+LEAST_SLOPE = {"ppo": 0.01, "plan": 0.0}
+"""Slope at its end that makes a part of an update worth its length. What gains less in PPO's is mostly noise, which the
+next updates have to undo; the model's gradient has none."""
 
 LARGEST_SLOPE = 0.2
 """Bound of the slope that a single rollout shows."""
@@ -124,7 +125,7 @@ class Gates(nn.Module):
             steps: Steps that this was measured on, (K,).
         """
         slope = slope.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
-        change = BUDGET_RATE * (slope - LEAST_SLOPE) * (steps / BUDGET_STEPS).clamp(max=4.0).sqrt()
+        change = BUDGET_RATE * (slope - LEAST_SLOPE[part]) * (steps / BUDGET_STEPS).clamp(max=4.0).sqrt()
         getattr(self, f"{part}_budget").mul_(change.exp()).clamp_(LEAST_BUDGET, 1.0)
 
     @torch.no_grad()
