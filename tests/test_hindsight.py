@@ -260,8 +260,9 @@ def test_budgets_set_how_far_the_parts_go():
 @pytest.mark.parametrize(
     ("ppo", "plan", "most", "rollouts", "parts"),
     [
-        (1.0, 0.1, 4, 1, (1.0, 0.1)),  # the part that may go furthest decides
+        (1.0, 0.1, 4, 1, (1.0, 0.1)),
         (0.51, 0.1, 4, 1, (0.51, 0.1)),
+        (0.5, 0.9, 4, 2, (1.0, 1.0)),  # PPO's part decides: the noise is its own
         (0.5, 0.1, 4, 2, (1.0, 0.2)),
         (0.2, 0.2, 4, 4, (0.8, 0.8)),
         (0.01, 0.02, 4, 4, (0.04, 0.08)),

@@ -95,9 +95,10 @@ class Gates(nn.Module):
     def wait(self, most: int) -> int:
         """Rollouts that the next update waits for, a power of two of at most ``most``.
 
-        Four updates that may each go a quarter of the way become one that goes all of it, at a quarter of the work.
+        Four updates of PPO's that may each go a quarter of the way become one that goes all of it, at a quarter of the
+        work. The task that may go furthest decides.
         """
-        longest, self.waited = torch.stack((self.ppo_budget, self.plan_budget)).max().item(), 1
+        longest, self.waited = self.ppo_budget.max().item(), 1
         while 2 * self.waited <= min(most, 1.0 / longest):
             self.waited *= 2
         return self.waited
