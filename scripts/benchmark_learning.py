@@ -30,7 +30,9 @@ DATA = ROOT / "benchmarks" / "learning"
 COLUMNS = (
     "iteration", "env_steps", "seconds", "mean_step_reward", "mean_return", "mean_length", "time_collect", "time_plan",
     "time_physics", "time_update", "plan/gain", "plan/max_kl", "plan/kl", "plan/cosine", "planner/share", "planner/kl",
-    "planner/gain", "planner/realised_gain", "gate/gain", "gate/realised", "gate/rewarded", "model/skill",
+    "planner/gain", "planner/realised_gain", "planner/lasting_gain", "update/ppo_slope", "update/ppo_kl",
+    "update/plan_slope", "update/plan_kl", "gate/gain", "gate/realised", "gate/rewarded", "gate/ppo_budget",
+    "gate/plan_budget", "gate/rollouts", "model/skill",
     "model/reward_ev", "policy/effective_sample_size", "policy/value_ev", "bonus/alpha", "bonus/mean_abs",
     "loss/model_steps", "action_std",
 )  # fmt: skip

@@ -26,7 +26,9 @@ from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
 from m3po.algorithms.construction import build_networks, parse_algorithm_cfg
+from m3po.algorithms.critic_replay import LAMBDA
 from m3po.algorithms.gates import Gates
+from m3po.algorithms.hindsight import LATER
 from m3po.algorithms.model_learning import ModelLearner
 from m3po.algorithms.plan_learning import LARGEST_SHIFT
 from m3po.algorithms.policy_outputs import PolicyOutputs
@@ -47,9 +49,6 @@ UNSEEN_STEPS = 24_576
 
 FIELDS = ("next_obs_valid", "rewards", "terminated", "dones", "lost", "actions", "mean", "std", "advantages", "task")
 """What is kept of each unseen rollout, beside the observations."""
-
-FAR_LAMBDA, FAR_STEPS = 0.95, 24
-"""Lambda of the far advantages, and how many steps must be known after one that is judged by them."""
 
 ACTING_KL = 0.3
 """KL of the plans whose realised gain is estimated, nats."""
@@ -252,8 +251,8 @@ def _far_advantages(recording: Recording, objective: Objective) -> tuple[torch.T
     )
     ends = (st["terminated"], st["dones"] | st["lost"])
     gamma = tasks.discounts[st["task"][0]]
-    _, far = gae(st["rewards"], values, next_values.nan_to_num(), *ends, gamma, FAR_LAMBDA)
-    judged = (torch.arange(shape[0]) < max(1, shape[0] - FAR_STEPS)).unsqueeze(1).expand(shape)
+    _, far = gae(st["rewards"], values, next_values.nan_to_num(), *ends, gamma, LAMBDA)
+    judged = (torch.arange(shape[0]) < max(1, shape[0] - LATER)).unsqueeze(1).expand(shape)
     rows = (judged & ~st["lost"]).flatten()
     far = far.flatten() - mean_per_task(far.flatten(), rows, task, tasks.count)[task]
     std = mean_per_task(far.square(), rows, task, tasks.count).sqrt().clamp_min(1e-12)

@@ -4,6 +4,7 @@ Isaac Lab allows one simulation per process, so a test that simulates runs a scr
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not _KINDS & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.unit)
+
+
+def assert_adds_to_the_lock(name: str, package: str) -> None:
+    """A lock has names, versions and hashes alone, a package among them, and none that the main lock has."""
+    text, main = ((REPOSITORY / lock).read_text() for lock in (name, "requirements.txt"))
+    names = re.findall(r"^(\S+)==", text, flags=re.MULTILINE)
+    assert package in names
+    for line in text.splitlines():
+        assert re.fullmatch(r"[a-z0-9.-]+==[\w.+]+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
+    assert not set(names) & set(re.findall(r"^(\S+)==", main, flags=re.MULTILINE))
 
 
 def run_process(

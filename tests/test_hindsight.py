@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from test_plan_learning import collect, judged, runner_of
+from test_train_cli import tensors
 from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms.gates import BUDGET_RATE, BUDGET_STEPS, LARGEST_SLOPE, LEAST_BUDGET, LEAST_SLOPE, Gates
@@ -70,6 +71,16 @@ def test_each_step_is_judged_once_when_enough_later_ones_are_known(num_steps, ho
     if num_steps <= horizon:
         assert seen == list(range(total - later))
     assert len(set(seen)) == len(seen)
+
+
+def test_rollouts_may_be_longer_than_what_is_looked_back_at():
+    cfg = runner_cfg(critic_replay={"horizon": 16, "steps_per_iteration": 2, "batch_size": 32})
+    runner = M3PORunner(PointEnv(16), cfg | {"num_steps_per_env": 24}, None, "cpu")
+    runner.learn(3)
+    notes = runner.alg.replay.latest(24, ("notes",))["notes"]
+    assert not notes[:8, :, 3].any()  # the critic did not look at these
+    assert notes[8:, :, 3].abs().sum(1).all()
+    assert runner.alg.gates.judged.item() == 3
 
 
 def test_steps_are_judged_by_the_rewards_that_follow():
@@ -279,9 +290,9 @@ def test_small_updates_become_one_that_waited(ppo, plan, most, rollouts, parts):
 
 
 def test_a_run_of_updates_that_wait_has_as_many_steps_and_ends_where_it_should(tmp_path):
-    """Their rollouts are stored in order, each step is judged once, and a continued run is the same bit for bit."""
+    """Each step is judged once, and a run that is continued is the same bit for bit."""
     whole, parts = {}, {}
-    for name, iterations, found in (("whole", (14,), whole), ("parts", (9, 5), parts)):
+    for name, iterations, found in (("whole", (14,), whole), ("parts", (8, 6), parts)):
         folder = tmp_path / name
         folder.mkdir()
         torch.manual_seed(1)
@@ -307,14 +318,17 @@ def test_a_run_of_updates_that_wait_has_as_many_steps_and_ends_where_it_should(t
 
             alg.hindsight.judge, alg.update = watch, learn
             runner.learn(count)
-        found |= {"steps": runner.env_steps, "iteration": alg.iteration, "saved": alg.save()}
-        found |= {"replay": alg.replay.state_dict()["fields"], "lengths": lengths, "judged": judged_steps}
+        found |= {"steps": runner.env_steps, "iteration": alg.iteration, "lengths": lengths, "judged": judged_steps}
+        found["tensors"] = tensors({"saved": alg.save(), "resume": alg.resume_state()})
     assert whole["lengths"] == [32, 32, 32, 16]  # 4 + 4 + 4 + 2 rollouts of 8 steps
     assert whole["judged"] == [8, 32, 32, 16]
     assert whole["steps"] == 14 * 8 * 32
     assert whole["iteration"] == 14
-    assert parts["lengths"] == [32, 8]
+    assert parts["lengths"] == [32, 16]
+    assert parts["judged"] == [32, 16]
     assert parts["steps"] == whole["steps"]
+    expected, found = whole["tensors"], parts["tensors"]
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_an_update_that_waited_learns_from_all_of_its_steps(monkeypatch):

@@ -1,12 +1,11 @@
 """The command that changes equations and asks the tests: what it refuses, its lock, and one module in full."""
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, assert_adds_to_the_lock
 
 from m3po.cli.arguments import guarded
 
@@ -38,12 +37,7 @@ def test_one_in_twenty_may_go_unnoticed(unnoticed, code, capsys, monkeypatch):
 
 
 def test_the_lock_adds_to_the_main_lock_and_changes_nothing_of_it():
-    text, main = ((REPOSITORY / name).read_text() for name in ("requirements-mutation.txt", "requirements.txt"))
-    names = re.findall(r"^(\S+)==", text, flags=re.MULTILINE)
-    assert "mutmut" in names
-    for line in text.splitlines():
-        assert re.fullmatch(r"[a-z0-9.-]+==[\w.+]+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
-    assert not set(names) & set(re.findall(r"^(\S+)==", main, flags=re.MULTILINE))
+    assert_adds_to_the_lock("requirements-mutation.txt", "mutmut")
 
 
 @pytest.mark.slow

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 
 import pytest
-from conftest import REPOSITORY, run_process
+from conftest import REPOSITORY, assert_adds_to_the_lock, run_process
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import sweep_ray
@@ -58,12 +57,7 @@ def test_finished_trials_are_not_repeated_and_the_best_is_told(tmp_path, capsys,
 
 
 def test_the_lock_of_ray_adds_to_the_main_lock_and_changes_nothing_of_it():
-    text, main = ((REPOSITORY / name).read_text() for name in ("requirements-ray.txt", "requirements.txt"))
-    names = re.findall(r"^(\S+)==", text, flags=re.MULTILINE)
-    assert "ray" in names
-    for line in text.splitlines():
-        assert re.fullmatch(r"[a-z0-9.-]+==[\w.+]+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
-    assert not set(names) & set(re.findall(r"^(\S+)==", main, flags=re.MULTILINE))
+    assert_adds_to_the_lock("requirements-ray.txt", "ray")
 
 
 @pytest.mark.slow

@@ -191,8 +191,8 @@ class Behaviour:
     def planner_policy(self, actor: MLPModel) -> Callable[[TensorDict], torch.Tensor]:
         """A noise-free policy that plans in every environment, around another policy than the newest.
 
-        Plans go as far as an update would: the policy is played as it would be after learning from them. They are
-        shorter where acting on them was worth less while training, and 0 where it was worth nothing.
+        Plans go as far as the update of a rollout would: the policy is played as it would be after learning from them.
+        They are shorter where acting on them was worth less while training, and 0 where it was worth nothing.
 
         Args:
             actor: The policy.
@@ -220,7 +220,7 @@ class Behaviour:
     def _played_part(self) -> torch.Tensor:
         """Part of a plan that is played, of its length, (K,)."""
         longest = min(self.cfg.max_acting_kl, 0.5 * MAX_NOISE**2)
-        update = self.cfg.max_learning_kl * self.gates.part("plan") / longest
+        update = self.cfg.max_learning_kl * self.gates.plan_budget / longest
         return self.gates.worth_acting() * update.clamp(max=1.0).sqrt()
 
     @staticmethod

@@ -31,15 +31,15 @@ REWARDED_RATE, REWARDED_ENOUGH = 0.1, 0.2
 """Weight of a rollout in the running share of rewarded trajectories, and the share that needs no bonus."""
 
 BUDGET_RATE, BUDGET_STEPS = 1.0, 4096
-"""Change of the logarithm of a KL budget, per slope that a rollout of so many steps shows. A smaller rollout weighs by
-the square root: the noise of a slope, and so of the budgets, is the same then."""
+"""Change of the logarithm of a KL budget, per slope that a rollout of so many steps shows. Another number
+weighs by its square root, up to 2: the noise of a slope, and so of the budgets, is the same then."""
 
 LEAST_BUDGET = 1.0 / 32.0
 """Smallest part of a KL budget."""
 
 LEAST_SLOPE = {"ppo": 0.01, "plan": 0.0}
 """Slope at its end that makes a part of an update worth its length. What gains less in PPO's is mostly noise, which the
-next updates have to undo; the model's gradient has none."""
+next updates have to undo. Plans are not asked for it: on task sets, gains as small as this add up."""
 
 LARGEST_SLOPE = 0.2
 """Bound of the slope that a single rollout shows."""

@@ -23,4 +23,4 @@ class NewLogs:
         if found.keys() == self._last.keys() and all(found[key] is self._last[key] for key in found):
             return {}
         self._last = found or self._last
-        return dict(found)
+        return found

@@ -91,8 +91,8 @@ class ReplayBuffer:
         self.size = min(self.size + rollout.num_steps, self.capacity)
 
     def note(self, name: str, values: torch.Tensor) -> None:
-        """Note one of :data:`NOTES` of the newest rollout, (T, N)."""
-        self._fields["notes"][self.newest, :, NOTES.index(name)] = values
+        """Note one of :data:`NOTES` of the last T steps of the newest rollout, (T, N)."""
+        self._fields["notes"][self.newest[-len(values) :], :, NOTES.index(name)] = values
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs, as tensors and plain values; the tensors are those in use."""
