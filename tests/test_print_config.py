@@ -21,11 +21,17 @@ TWO = "walker-walk,cup-catch"
 
 
 def check(stdout: str, num_envs: dict[str, int], device: str, algo: str) -> dict:
-    """Standard output is a configuration with :data:`OVERRIDES`; returns the agent's."""
+    """Standard output is a configuration with :data:`OVERRIDES`, of Isaac Lab's tasks with ``env``: the agent's."""
     config = yaml.safe_load(stdout)
     head = {"tasks": list(num_envs), "num_envs": num_envs, "algo": algo, "device": device}
     assert {key: config[key] for key in head} == head
-    assert set(config) - set(head) == {"agent_entry", "agent"}
+    isaac = {"env"} if next(iter(num_envs)).startswith("Isaac-") else set()
+    assert set(config) - set(head) == {"agent_entry", "agent"} | isaac
+    if isaac:
+        assert (config["env"]["scene"]["num_envs"], config["env"]["episode_length_s"]) == (
+            num_envs["Isaac-Cartpole"],
+            7,
+        )
     agent = config["agent"]
     assert (agent["algorithm"]["gamma"], agent["num_steps_per_env"], agent["algo"]) == (0.875, 24, algo)
     assert agent["actor"]["hidden_dims"]
@@ -46,7 +52,8 @@ def test_a_real_command_line_prints_yaml_and_starts_nothing(
 ):
     script = ["-X", "importtime", str(repository / "scripts" / "train.py")]
     options = ["--print_config", "--task", task, "--device", device, "--algo", algo, "--num_envs", "10"]
-    result = run_script([*script, *options, *OVERRIDES], cwd=tmp_path)
+    overrides = [*OVERRIDES, "env.episode_length_s=7"] if task.startswith("Isaac-") else OVERRIDES
+    result = run_script([*script, *options, *overrides], cwd=tmp_path)
     assert result.rc == 0, result.stderr[-3000:]
     agent = check(result.stdout, num_envs, device, algo)
     assert algo == "ppo" or any(isinstance(section, dict) for section in agent["algorithm"].values())

@@ -173,7 +173,8 @@ def test_mistake_on_a_real_command_line(run_script):
         (("--task", "Isaac-Classic-MT3"), True),
         (("--task", "walker-walk"), True),
         (("--num_envs", "4", "--task=MT10"), True),
-        (("--task", "no-such-task"), True),
+        (("--task", "a-task-of-a-users-package"), False),
+        (("--task", "Template-Cartpole-MT-v0"), False),
     ],
 )
 def test_which_command_lines_are_for_suites(argv, expected):

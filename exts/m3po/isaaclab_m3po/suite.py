@@ -10,6 +10,7 @@ from typing import Any
 from rsl_rl.env import VecEnv
 
 from m3po.cli.arguments import Parser
+from m3po.envs.final_observations import ask_for_final_observations
 from m3po.envs.suite import TaskInfo
 from m3po.errors import UserError
 
@@ -33,15 +34,10 @@ class IsaacLabSuite:
 
     def resolve(self, name: str) -> str | None:
         """The registered id of a name, with or without its old version suffix."""
-        if not name.lower().startswith("isaac"):
-            return None
         from . import registration  # noqa: F401
-        from .tasks import resolve_task
+        from .tasks import known_task
 
-        try:
-            return resolve_task(name)
-        except UserError:
-            return None
+        return known_task(name)
 
     def missing(self) -> str | None:
         """Isaac Lab is always installed with us."""
@@ -81,8 +77,8 @@ class IsaacLabSuite:
         choices |= {f"--{name}": value for name, value in options.items()}
         argv = [str(part) for choice in choices.items() for part in choice]
         job = launch.prepare(launch.parse(parser, [*argv, *overrides]))
-        job.env_cfg.compute_final_obs = True
         with launch.environment(job) as env:
+            ask_for_final_observations(env)
             if getattr(env, "num_tasks", 1) > 1:
                 raise UserError(f"'{task}' is a scene of several tasks already; train it alone.")
             yield env

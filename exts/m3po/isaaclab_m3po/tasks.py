@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 import gymnasium as gym
 
-from m3po.errors import UserError
+from m3po.envs.suite import unknown_task
 
 
 def isaaclab_tasks_with(key: str) -> list[str]:
@@ -19,29 +18,23 @@ def isaaclab_tasks_with(key: str) -> list[str]:
     return sorted(name for name, spec in gym.registry.items() if key in (spec.kwargs or {}))
 
 
-def resolve_task(name: str) -> str:
-    """Map a task name to a registered Isaac Lab task.
+def known_task(name: str) -> str | None:
+    """Id of the registered Isaac Lab task that a name means, or ``None``.
 
     Isaac Lab 3.0 dropped the version suffix of its ids, so ``Isaac-Ant-v0`` means ``Isaac-Ant`` where the former is not
     registered itself. Registration must have happened before (:mod:`isaaclab_m3po.registration`).
 
     Args:
         name: Task name, optionally with a ``module:`` prefix as Isaac Lab accepts it.
-
-    Returns:
-        The registered id.
-
-    Raises:
-        UserError: If there is no such task; the message names the closest ones.
     """
     task = name.split(":")[-1]
     known = isaaclab_tasks_with("env_cfg_entry_point")
-    stem = re.sub(r"-v\d+$", "", task)
-    for candidate in (task, stem):
-        if candidate in known:
-            return candidate
-    by_lowercase = {known_name.lower(): known_name for known_name in known}
-    wanted = stem.lower() if stem.lower().startswith("isaac") else f"isaac-{stem.lower()}"
-    close = difflib.get_close_matches(wanted, by_lowercase, n=5, cutoff=0.5)
-    names = ", ".join(by_lowercase[match] for match in close)
-    raise UserError(f"unknown task '{name}'. {f'Closest: {names}.' if names else '`isaaclab list_envs` lists all.'}")
+    return next((found for found in (task, re.sub(r"-v\d+$", "", task)) if found in known), None)
+
+
+def resolve_task(name: str) -> str:
+    """:func:`known_task`; a name that means none is a ``UserError``, which names the closest."""
+    task = known_task(name)
+    if task is None:
+        raise unknown_task(name.split(":")[-1])
+    return task

@@ -9,6 +9,8 @@ import torch
 from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
 from tensordict import TensorDict
 
+from m3po.envs.final_observations import memory_of
+
 
 class IsaacVecEnv(RslRlVecEnvWrapper):
     """A wrapper whose curricula go on when a run is resumed, and whose environments can be reset one by one.
@@ -39,7 +41,7 @@ class IsaacVecEnv(RslRlVecEnvWrapper):
     def reset_envs(self, ids: torch.Tensor) -> TensorDict:
         """Start new episodes in some environments, (n,), int64; returns the observations of all.
 
-        An observation with a history shows zeros for the past until the next step.
+        Observations with a memory show zeros until the next step.
         """
         env = self.unwrapped
         if hasattr(env, "env"):  # a multi-agent environment seen as one of a single agent
@@ -71,12 +73,18 @@ class IsaacVecEnv(RslRlVecEnvWrapper):
         return self._observe(ids)
 
     def _observe(self, ids: torch.Tensor) -> TensorDict:
-        """Bring the kinematics up to date, and take new observations of some environments into those of all."""
+        """Bring the kinematics up to date, and take new observations of some environments into those of all.
+
+        Where asking would enter what the observations remember, zeros stand in until the next step.
+        """
         env = self.unwrapped
         env.scene.write_data_to_sim()
         env.sim.forward()
         manager = getattr(env, "observation_manager", None)
-        fresh = env._compute_observations() if manager is None else manager.compute()
+        if memory_of(self) is not None:
+            fresh = {group: torch.zeros_like(value) for group, value in env.obs_buf.items()}
+        else:
+            fresh = env._compute_observations() if manager is None else manager.compute()
         rows = torch.zeros(self.num_envs, dtype=torch.bool, device=env.device).index_fill(0, ids.long(), True)
         env.obs_buf = {
             group: torch.where(rows.view(-1, *[1] * (value.dim() - 1)), value, env.obs_buf[group])

@@ -13,7 +13,7 @@ from m3po import distributed
 from m3po.algorithms.returns import gae, vtrace
 from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg
-from m3po.models.normalizers import RewardStatistics
+from m3po.models.normalizers import MEMORY, RewardStatistics
 from m3po.storage import RolloutStorage
 
 
@@ -32,12 +32,14 @@ class AdvantageEstimator:
             cfg: Configuration.
         """
         self.critic, self.tasks, self.cfg = critic, tasks, cfg
-        self.rewards = RewardStatistics(tasks.count).to(tasks.ids.device)
+        self.rewards = RewardStatistics(tasks.count, MEMORY).to(tasks.ids.device)
         # A single discount stays a plain number, so that a single task is computed exactly as PPO computes it.
         self.gamma = cfg.gamma if tasks.count == 1 else tasks.discounts[tasks.ids]
         self.predict: Callable[[TensorDict, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         """Observations, actions and tasks, (B,) each -> value of what follows, (B,): of a trained world model."""
-        self._told = False
+        self.cut_rewards = 0
+        """Rewards of the newest rollout that were cut because they were far beyond the usual."""
+        self._told: set[str] = set()
 
     def units(self, task: torch.Tensor) -> torch.Tensor:
         """Reward units of the critic's output, shape of ``task``."""
@@ -52,8 +54,17 @@ class AdvantageEstimator:
         return self.values(obs.reshape(-1), task.flatten()).view(task.shape)
 
     def learn_units(self, st: RolloutStorage) -> None:
-        """Take the rewards of a finished rollout into the units."""
+        """Cut wild rewards of a finished rollout, and take its rewards into the units."""
         kept = ~st.lost.flatten()
+        bounded = self.rewards.bounded(st.rewards.flatten(), st.task.flatten()).view(st.rewards.shape)
+        self.cut_rewards = int((bounded != st.rewards).logical_and_(~st.lost).sum())
+        if self.cut_rewards > 0:
+            row = (st.rewards - bounded).abs().mul_(~st.lost).argmax()
+            was, now = st.rewards.flatten()[row].item(), bounded.flatten()[row].item()
+            self._tell_once(
+                "rewards", f"a reward of {was:g} is far beyond the usual, so {now:g} is learnt from instead"
+            )
+            st.rewards.copy_(bounded)
         self.rewards.update(st.rewards.flatten()[kept], st.terminated.flatten()[kept], st.task.flatten()[kept])
 
     @torch.no_grad()
@@ -129,10 +140,14 @@ class AdvantageEstimator:
             predicted = self.predict(obs, steps["actions"][unknown], task)
             following = torch.where(predicted.isfinite(), predicted, following)
         next_values[unknown] = following
-        if not self._told and self.predict is not None:
-            self._told = True
-            print(
-                "[m3po] the environment does not deliver final observations: time-outs are bootstrapped with the world "
+        if self.predict is not None:
+            self._tell_once(
+                "time-outs",
+                "the environment does not deliver final observations: time-outs are bootstrapped with the world "
                 "model's prediction, in the first iteration as in rsl_rl",
-                flush=True,
             )
+
+    def _tell_once(self, topic: str, text: str) -> None:
+        if topic not in self._told:
+            self._told.add(topic)
+            print(f"[m3po] {text}", flush=True)

@@ -43,9 +43,10 @@ class CheckpointParts:
         return [getattr(self, name).guard for name in LEARNERS]
 
     def _read_guards(self) -> dict[str, float]:
-        """Steps that were skipped because they were not finite, and restored states."""
+        """Steps that were skipped because they were not finite, restored states, and rewards that were cut."""
         skipped, restored = zip(*(guard.read() for guard in self.guards), strict=True)
-        return {"robust/skipped_steps": float(sum(skipped)), "robust/restored": float(sum(restored))}
+        counts = {"skipped_steps": sum(skipped), "restored": sum(restored), "cut_rewards": self.estimator.cut_rewards}
+        return {f"robust/{name}": float(count) for name, count in counts.items()}
 
     def _networks(self) -> dict[str, nn.Module]:
         networks = {name: getattr(self, attribute) for name, attribute in NETWORKS.items()}

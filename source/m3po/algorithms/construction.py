@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from rsl_rl.env import VecEnv
 from rsl_rl.models import MLPModel
+from rsl_rl.modules.normalization import EmpiricalNormalization
 from rsl_rl.utils import resolve_class, resolve_obs_groups
 from tensordict import TensorDict
 
 from m3po.algorithms.tasks import Tasks
 from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, check_quarantine_share, from_dict
+from m3po.envs.final_observations import ask_for_final_observations
 from m3po.errors import UserError
 from m3po.models import WorldModel
+from m3po.models.normalizers import BoundedNormalization
 from m3po.models.task_policy import TaskMLPModel
 from m3po.storage import RolloutStorage
 from m3po.validation import validate
@@ -83,7 +86,10 @@ def build_networks(
                 "task_dims": tasks.obs_dims,
                 "embedding_dim": cfg.world_model.task_embedding_dim,
             }
-        networks.append(network_class(obs, groups, name, outputs, **network_cfg).to(device))
+        network = network_class(obs, groups, name, outputs, **network_cfg)
+        if type(network.obs_normalizer) is EmpiricalNormalization:
+            network.obs_normalizer = BoundedNormalization(network.obs_dim)
+        networks.append(network.to(device))
     actor, critic = networks
     if actor.is_recurrent or critic.is_recurrent:
         raise UserError("M3PO's policy and critic must not be recurrent; train this task with --algo ppo.")
@@ -115,16 +121,14 @@ def parts(obs: TensorDict, env: VecEnv, cfg: dict[str, Any], device: str) -> dic
     check_cfg(algorithm, env.num_envs, num_steps, device)
     tasks = Tasks.of(env, algorithm.gamma, device)
     actor, critic, model, dims = build_networks(obs, env, cfg, algorithm, tasks, device)
-    if hasattr(env.cfg, "compute_final_obs"):
-        # Isaac Lab reads this at every step: it makes the observation before a reset available.
-        env.cfg.compute_final_obs = True
-    task_group = ["task"] if tasks.conditioned else []
+    ask_for_final_observations(env)
+    groups = [*dims, "task"] if tasks.conditioned else list(dims)  # no network reads any others
     return {
         "actor": actor,
         "critic": critic,
         "model": model,
         "group_dims": dims,
-        "storage": RolloutStorage(obs, [*dims, *task_group], num_steps, env.num_actions, device),
+        "storage": RolloutStorage(obs.select(*groups), groups, num_steps, env.num_actions, device),
         "tasks": tasks,
         "cfg": algorithm,
         "max_iterations": max(1, cfg.get("max_iterations", 1000)),

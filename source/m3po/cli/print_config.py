@@ -27,8 +27,10 @@ def kept_apart(argv: Sequence[str]) -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext()
 
 
-def show(args: argparse.Namespace, agent_entry: str, device: str, num_envs: Mapping[str, int], agent: Any) -> int:
-    """Print a configuration; the paths below ``agent`` are those of overrides.
+def show(
+    args: argparse.Namespace, agent_entry: str, device: str, num_envs: Mapping[str, int], agent: Any, env: Any = None
+) -> int:
+    """Print a configuration; the paths below ``agent`` and ``env`` are those of overrides.
 
     Args:
         args: Options, ``algo`` among them.
@@ -36,12 +38,14 @@ def show(args: argparse.Namespace, agent_entry: str, device: str, num_envs: Mapp
         device: Torch device.
         num_envs: Environments by name of the task.
         agent: Runner configuration.
+        env: Configuration of the environment, where it can be overridden: that of a single Isaac Lab task.
 
     Returns:
         Exit code 0.
     """
     head = {"tasks": list(num_envs), "num_envs": num_envs, "algo": args.algo, "agent_entry": agent_entry}
-    print(yaml.safe_dump(plain(head | {"device": device, "agent": agent}), sort_keys=False), end="")
+    body = {"device": device, "agent": agent} | ({} if env is None else {"env": env})
+    print(yaml.safe_dump(plain(head | body), sort_keys=False), end="")
     return 0
 
 

@@ -137,7 +137,8 @@ def _replay(recording: dict[str, Any], overrides: list[str]) -> None:
     if len(columns) < len(tasks):
         print(f"replaying the environments of {task} only")
     # Isaac Lab must not be imported, not even to look the task up, before make() has chosen its assets.
-    suite, name = (suites()["isaaclab"], task) if task.startswith("Isaac") else find_task(task)
+    others = any(suite.resolve(task) is not None for suite in suites().values() if suite.name != "isaaclab")
+    suite, name = find_task(task) if others else (suites()["isaaclab"], task)
     options = {"overrides": overrides} if suite.name == "isaaclab" else {}
     made = suite.make(name, len(columns), seed=recording["seed"] or 0, device="cpu", **options)
     with contextlib.closing(made) if isinstance(made, VecEnv) else made as env:

@@ -23,7 +23,7 @@ from m3po.cli.overrides import assign, parse_value
 from m3po.envs.absent import AbsentEnv
 from m3po.envs.member_process import ProcessMember
 from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
-from m3po.envs.suite import TaskInfo, expand, find_task, named_sets
+from m3po.envs.suite import TaskInfo, expand, find_task, named_sets, suites
 from m3po.errors import UserError
 from m3po.presets import suite_runner_cfg
 from m3po.runners import run_folder
@@ -81,14 +81,20 @@ class SuiteJob:
 
 
 def handles(argv: Sequence[str]) -> bool:
-    """Whether a command line asks for anything but one Isaac Lab task alone, which Isaac Lab's own launcher starts."""
+    """Whether a command line asks for anything but one Isaac Lab task alone, which Isaac Lab's own launcher starts.
+
+    A name that no other suite knows may be that of a task which a user's package registers with Isaac Lab.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--task", default="")
     early.add_argument("--multi_task", "--multi-task", action="store_true")
     early.add_argument("--transfer", nargs="?")
     args = early.parse_known_args(list(argv))[0]
-    single_isaac = args.task == "" or (args.task.split(":")[-1].lower().startswith("isaac") and "," not in args.task)
-    return not single_isaac or "-MT" in args.task or args.multi_task or args.transfer is not None
+    if args.task == "":
+        return False
+    if "," in args.task or args.task in named_sets() or args.multi_task or args.transfer is not None:
+        return True
+    return any(suite.resolve(args.task) is not None for suite in suites().values() if suite.name != "isaaclab")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

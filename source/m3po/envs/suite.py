@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -76,9 +76,9 @@ class Suite(Protocol):
 
 @cache
 def suites() -> dict[str, Suite]:
-    """All installed suites by name."""
+    """All installed suites by name, those last whose tasks only a simulator with processes of its own knows."""
     found = [entry.load() for entry in importlib.metadata.entry_points(group=GROUP)]
-    return {suite.name: suite for suite in sorted(found, key=lambda suite: suite.name)}
+    return {suite.name: suite for suite in sorted(found, key=lambda suite: (suite.own_process, suite.name))}
 
 
 def named_sets() -> dict[str, tuple[str, ...]]:
@@ -99,17 +99,20 @@ def find_task(name: str) -> tuple[Suite, str]:
             if command is not None:
                 raise UserError(f"task '{name}' needs {suite.name}, which is not installed: {command}")
             return suite, task
-    known = {known.lower(): known for known in _known_names()}
-    close = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.5)
-    names = ", ".join(known[match] for match in close)
-    hint = f"Closest: {names}." if names else "scripts/list_tasks.py lists all."
-    raise UserError(f"unknown task '{name}'. {hint}")
+    raise unknown_task(name)
 
 
-def _known_names() -> Iterable[str]:
-    for suite in suites().values():
-        yield from suite.tasks()
-    yield from named_sets()
+def unknown_task(name: str) -> UserError:
+    """The error that names the tasks and sets whose names are closest."""
+    names = [known for suite in suites().values() for known in suite.tasks()] + list(named_sets())
+    known = {known.lower(): known for known in names}
+    wanted = re.sub(r"-v\d+$", "", name.lower())
+    close = difflib.get_close_matches(f"isaac-{wanted}", known, n=1, cutoff=0.9)  # as other libraries name it
+    close += difflib.get_close_matches(wanted, known, n=5, cutoff=0.5)
+    listed = ", ".join(known[match] for match in dict.fromkeys(close))
+    return UserError(
+        f"unknown task '{name}'. {f'Closest: {listed}.' if listed else 'scripts/list_tasks.py lists all.'}"
+    )
 
 
 def expand(text: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Running statistics kept per task, so that one task's scale never drowns another's.
 
 All of them change only when ``update`` is called: they are frozen during a rollout and its policy update. What several
-processes bring to an ``update`` is merged in all of them.
+processes bring to an ``update`` is merged in all of them. No single sample weighs more than :data:`LARGEST` deviations,
+so that one wild number of a simulator does not set a unit for good.
 """
 
 from __future__ import annotations
@@ -10,9 +11,20 @@ import math
 from collections.abc import Sequence
 
 import torch
+from rsl_rl.modules.normalization import EmpiricalNormalization
 from torch import nn
 
 from m3po import distributed
+
+LARGEST = 100.0
+"""Size from which on a sample counts as this many deviations, or times the usual reward. A reward that comes once in
+10 000 steps is that large if nothing else is rewarded, so rare rewards pass."""
+
+MEMORY = 2.0**20
+"""Rows that older ones may weigh as much as, at most, in what policy and critic read: units follow a curriculum."""
+
+USUAL_SHARE = 0.99
+"""Share of a first rollout's rewards, the smaller ones, that say what is usual."""
 
 
 class TaskNormalizer(nn.Module):
@@ -63,6 +75,8 @@ class TaskNormalizer(nn.Module):
         """Merge a batch of rows (B, D) of tasks (B,) into the running statistics (parallel Welford)."""
         for k in range(self.count.shape[0]):
             rows = x if self.count.shape[0] == 1 else x[task == k]
+            if self.count[k] > 0:
+                rows = bounded(rows, self.mean[k], self.var[k], self.eps)
             count, mean, var = distributed.moments(rows)
             if count == 0:
                 continue
@@ -72,6 +86,24 @@ class TaskNormalizer(nn.Module):
             self.mean[k] += rate * delta
             self.var[k] += rate * (var - self.var[k] + delta * (mean - self.mean[k]))
             self.count[k] = total.clamp(max=self.memory)
+
+
+class BoundedNormalization(EmpiricalNormalization):
+    """rsl_rl's normaliser of the observations of a single task; it forgets, and no sample weighs too much."""
+
+    @torch.jit.unused
+    def update(self, x: torch.Tensor) -> None:
+        """Learn from rows (B, D)."""
+        if self.count > 0:
+            x = bounded(x, self._mean, self._var, self.eps)
+        super().update(x)
+        self.count.clamp_(max=int(MEMORY))
+
+
+def bounded(rows: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float) -> torch.Tensor:
+    """Rows (B, D) within :data:`LARGEST` deviations of a mean (D,); a dimension that never changed has no scale yet."""
+    most = torch.where(var > 0.0, LARGEST * (var.sqrt() + eps), torch.inf)
+    return rows.clamp(mean - most, mean + most)
 
 
 class RewardStatistics(nn.Module):
@@ -94,6 +126,16 @@ class RewardStatistics(nn.Module):
     def scale(self, task: torch.Tensor) -> torch.Tensor:
         """Root mean square of the per-step reward of surviving steps, reward units, shape of ``task``."""
         return self.square[task].sqrt().clamp_min(1e-6)
+
+    def bounded(self, reward: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Rewards (B,) of tasks (B,), none larger than :data:`LARGEST` times what is usual in its task."""
+        fallen = self.falls / self.count.clamp_min(1)
+        usual = ((1.0 - fallen) * self.square + fallen * self.terminal.square()).sqrt()
+        for k in (self.count == 0).nonzero().flatten().tolist():
+            sizes = reward[task == k].abs().sort().values
+            usual[k] = sizes[: math.ceil(USUAL_SHARE * len(sizes))].square().mean().sqrt() if len(sizes) else 0.0
+        most = torch.where(usual > 0.0, LARGEST * usual, torch.inf)[task]
+        return reward.clamp(-most, most)
 
     @torch.no_grad()
     def update(self, reward: torch.Tensor, terminated: torch.Tensor, task: torch.Tensor) -> None:

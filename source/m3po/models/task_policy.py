@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from m3po.errors import UserError
-from m3po.models.normalizers import TaskNormalizer
+from m3po.models.normalizers import MEMORY, TaskNormalizer
 
 
 def new_embedding(num_tasks: int, dim: int) -> nn.Parameter:
@@ -157,7 +157,7 @@ class TaskMLPModel(MLPModel):
         mlp_cfg["obs_normalization"] = False
         super().__init__(obs, obs_groups, obs_set, output_dim, **mlp_cfg)
         num_tasks = len(action_mask)
-        self.obs_normalizer = TaskNormalizer(num_tasks, self.obs_dim, task_dims)
+        self.obs_normalizer = TaskNormalizer(num_tasks, self.obs_dim, task_dims, memory=MEMORY)
         self.task_embedding = new_embedding(num_tasks, embedding_dim)
         if distribution_cfg is not None:
             cls, cfg = resolve_class(dict(distribution_cfg))

@@ -16,6 +16,7 @@ from tensordict import TensorDict
 
 from m3po import distributed
 from m3po.algorithms import M3PO
+from m3po.envs.read_groups import only_read_groups
 from m3po.errors import CheckpointError, M3POError
 from m3po.models.task_policy import TaskMLPModel, embed
 from m3po.runners.checkpoint import (
@@ -94,6 +95,7 @@ class M3PORunner(CheckpointingRunner):
         """Folder of the run, where each process keeps what it needs to go on; the first one writes all else."""
         if not distributed.is_main():
             log_dir = evaluator = None
+        env = only_read_groups(env, train_cfg["obs_groups"])
         super().__init__(env, train_cfg, log_dir=log_dir, device=device)
         self.log_dir = log_dir
         self.evaluator = evaluator

@@ -91,7 +91,7 @@ class RolloutStorage:
         """Record what was seen and done at the current step.
 
         Args:
-            obs: Observations, batch size (N,).
+            obs: Observations, batch size (N,), at least the stored groups.
             task: Task ids, (N,).
             **fields: ``actions, mean, std, plan_mean`` (N, A); ``log_pi, log_beta, plan_gain, planned`` (N,).
 
@@ -100,7 +100,7 @@ class RolloutStorage:
         """
         if self.step >= self.num_steps:
             raise OverflowError("The rollout is full; call clear() before adding another step.")
-        self.obs[self.step].copy_(obs)
+        self.obs[self.step].copy_(obs.select(*self.obs.keys()))
         self.task[self.step].copy_(task)
         for name, value in fields.items():
             getattr(self, name)[self.step].copy_(value)

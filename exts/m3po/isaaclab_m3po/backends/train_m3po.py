@@ -60,8 +60,10 @@ def _main(argv: list[str]) -> int:
             launch.find_run(job, job.args.resume)
         cfg = _runner_cfg(job)
     if job.args.print_config:
+        from isaaclab.utils import to_dict
+
         num_envs = {job.task: job.env_cfg.scene.num_envs}
-        return print_config.show(job.args, job.agent_entry, job.device, num_envs, cfg)
+        return print_config.show(job.args, job.agent_entry, job.device, num_envs, cfg, to_dict(job.env_cfg))
     with distributed.group(in_group, job.device):
         job.agent_cfg.seed = distributed.shared(job.agent_cfg.seed)
         job.env_cfg.seed = job.agent_cfg.seed + distributed.rank()

@@ -1,0 +1,67 @@
+"""An environment of which only the observation groups that some network reads are seen.
+
+Cameras, ground truth and logs that tasks offer beside them would be stored for each step, judged by the quarantine and
+saved in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from rsl_rl.env import VecEnv
+from tensordict import TensorDict
+
+
+def only_read_groups(env: VecEnv, obs_groups: Mapping[str, list[str]]) -> VecEnv:
+    """The environment with the groups of ``obs_groups`` alone; itself where it has no others.
+
+    Args:
+        env: Environment.
+        obs_groups: Observation groups of each observation set, as in a runner configuration. As in rsl_rl, an actor
+            or critic without a set reads the group of its name, or else ``policy``.
+    """
+    offered = set(env.get_observations().keys())
+    read = {group for groups in obs_groups.values() for group in groups}
+    read |= {name if name in offered else "policy" for name in ("actor", "critic") if name not in obs_groups}
+    if hasattr(env, "task_ids"):
+        read.add("task")
+    return env if offered <= read else ReadGroups(env, sorted(offered & read))
+
+
+class ReadGroups(VecEnv):
+    """Everything but observations is the environment's own, to be read and to be set."""
+
+    def __init__(self, env: VecEnv, groups: list[str]) -> None:
+        """Wrap an environment.
+
+        Args:
+            env: Environment.
+            groups: Observation groups that are seen.
+        """
+        self.__dict__.update(_env=env, _groups=groups)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the environment has; so one that cannot do something cannot do it here either."""
+        value = getattr(self._env, name)
+        return self._selecting(value) if name in ("reset_envs", "set_state") else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set it in the environment."""
+        setattr(self._env, name, value)
+
+    def _selecting(self, method: Callable[..., TensorDict]) -> Callable[..., TensorDict]:
+        return lambda *args, **kwargs: method(*args, **kwargs).select(*self._groups)
+
+    def get_observations(self) -> TensorDict:
+        """Observations of now, batch size (N,)."""
+        return self._env.get_observations().select(*self._groups)
+
+    def step(self, actions: torch.Tensor) -> tuple[TensorDict, torch.Tensor, torch.Tensor, dict]:
+        """As rsl_rl's ``VecEnv``; final observations have the same groups."""
+        obs, rewards, dones, extras = self._env.step(actions)
+        if extras.get("final_obs") is not None:
+            final = {group: x for group, x in extras["final_obs"].items() if group in self._groups}
+            extras = dict(extras, final_obs=final)
+        return obs.select(*self._groups), rewards, dones, extras
