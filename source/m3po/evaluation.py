@@ -15,7 +15,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
-from m3po.errors import M3POError, UserError
+from m3po.errors import UserError
 
 Policy = Callable[[TensorDict], torch.Tensor]
 """Observations [n] to actions [n, A]. ``policy.reset(dones)`` is called after every step where it exists."""
@@ -43,7 +43,8 @@ def evaluate_policies(
     Args:
         env: The environments; needs ``reset()`` besides what :class:`rsl_rl.env.VecEnv` asks for.
         policies: The policies by name. The environments of each task are split evenly among them, in order.
-        num_episodes: Episodes of each policy in each task, spread evenly over its environments.
+        num_episodes: Episodes of each policy in each task, spread evenly over its environments. One that goes on beyond
+            the task's time limit ends there, and counts as a time-out.
         on_step: Called after every step, for example to record a frame.
 
     Returns:
@@ -58,7 +59,6 @@ def evaluate_policies(
 
     Raises:
         UserError: If a task has fewer environments than there are policies, or no episodes are asked for.
-        M3POError: If the episodes do not end within the task's time limit.
     """
     if num_episodes < 1:
         raise UserError(f"The number of episodes must be at least 1, got {num_episodes}.")
@@ -83,10 +83,8 @@ def evaluate_policies(
                 _reset(policy, dones[part])
             if on_step is not None:
                 on_step()
-            if (step % CHECK_INTERVAL == 0 or step == max_steps) and tally.complete():
+            if step % CHECK_INTERVAL == 0 and tally.complete():
                 break
-        else:
-            raise M3POError(f"The evaluation's episodes did not end within {max_steps} steps, the task's time limit.")
     steps_per_second = step * env.num_envs / (time.perf_counter() - start)
     return {
         name: {**_summary(env, tally, part), "steps_per_second": steps_per_second}
@@ -139,6 +137,7 @@ class _Tally:
         self.finished = torch.zeros(env.num_envs, dtype=torch.long, device=device)
         self._return = torch.zeros(env.num_envs, device=device)
         self._length = torch.zeros(env.num_envs, device=device)
+        self._time_limit = torch.as_tensor(env.max_episode_length, device=device)
         self._rows = torch.arange(env.num_envs, device=device)
         # A single task's log has no prefix.
         several = getattr(env, "num_tasks", 1) > 1
@@ -162,13 +161,16 @@ class _Tally:
         time_outs = extras["time_outs"].to(device).bool() if "time_outs" in extras else torch.zeros_like(done)
         self._return += rewards.to(device)
         self._length += 1
+        success = self._success(done, time_outs, extras)
+        beyond = ~done & (self._length > self._time_limit)
+        done, time_outs = done | beyond, time_outs | beyond
         counted = done & (self.finished < self.quota)
         slot = self.finished.clamp(max=self.num_slots - 1)
         for table, value in (
             (self.returns, self._return),
             (self.lengths, self._length),
             (self.terminated, (~time_outs).float()),
-            (self.success, self._success(done, time_outs, extras)),
+            (self.success, success),
         ):
             table[self._rows, slot] = torch.where(counted, value, table[self._rows, slot])
         self.finished += counted

@@ -52,6 +52,10 @@ class EvaluationProcess:
             log_path: File that receives the output of the child.
         """
         self.module, self._order, self.log_path = module, order, log_path
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew after a failure; what was queued before is not evaluated."""
         self._process: subprocess.Popen | None = None
         self._replies: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         """Results in the order of their checkpoints; ``None`` when the child has ended."""
@@ -75,7 +79,7 @@ class EvaluationProcess:
             the statistics of :func:`m3po.evaluation.evaluate`.
 
         Raises:
-            M3POError: Once, if the child has ended; quotes what it said last.
+            M3POError: Once, if the child has ended: a line, and what the child said last. :meth:`restart` begins anew.
         """
         return self._collect(block=False)
 
@@ -144,7 +148,7 @@ class EvaluationProcess:
         self.close()
         lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
         raise M3POError(
-            f"The evaluation process ended with exit code {self._process.returncode}. The end of {self.log_path}:\n"
+            f"The evaluation process ended with exit code {self._process.returncode}; see {self.log_path}.\n"
             + "\n".join(lines)
         )
 

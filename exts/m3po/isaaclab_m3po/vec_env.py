@@ -19,21 +19,39 @@ class IsaacVecEnv(RslRlVecEnvWrapper):
     remember, and an episode restored by half would hand out wrong rewards.
     """
 
-    def state_dict(self) -> dict[str, Any]:
-        """Counters and levels that curricula depend on."""
-        terrain = self._terrain()
-        state: dict[str, Any] = {"common_step_counter": int(self.unwrapped.common_step_counter)}
+    def curriculum_state(self) -> dict[str, Any]:
+        """How hard the task is by now: the step counter, terrain levels, and the ranges of commands."""
+        env, terrain = self.unwrapped, self._terrain()
+        state: dict[str, Any] = {"common_step_counter": int(env.common_step_counter)}
         if terrain is not None:
             state["terrain_levels"] = terrain.terrain_levels.clone()
-        return state
+        ranges = {name: _numbers(ranges) for name, ranges in self._command_ranges().items()}
+        return state | ({"command_ranges": ranges} if ranges else {})
+
+    def load_curriculum_state(self, state: Mapping[str, Any]) -> None:
+        """Make the task as hard as :meth:`curriculum_state` of as many environments or of others says.
+
+        Other numbers of environments get the same distribution of terrain levels. It applies from the next reset on.
+        """
+        self.unwrapped.common_step_counter = state["common_step_counter"]
+        terrain, levels = self._terrain(), state.get("terrain_levels")
+        if terrain is not None and levels is not None:
+            count = len(terrain.terrain_levels)
+            if len(levels) != count:
+                levels = levels.sort().values[torch.arange(count, device=levels.device) * len(levels) // count]
+            terrain.terrain_levels[:] = levels.to(terrain.terrain_levels.device)
+            terrain.env_origins[:] = terrain.terrain_origins[terrain.terrain_levels, terrain.terrain_types]
+        for name, ranges in self._command_ranges().items():
+            for field, value in state.get("command_ranges", {}).get(name, {}).items():
+                setattr(ranges, field, tuple(value))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on in a resumed run: :meth:`curriculum_state`."""
+        return self.curriculum_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Go on from :meth:`state_dict` with new episodes. Returns False: they do not go on exactly."""
-        self.unwrapped.common_step_counter = state["common_step_counter"]
-        terrain, levels = self._terrain(), state.get("terrain_levels")
-        if terrain is not None and levels is not None and levels.shape == terrain.terrain_levels.shape:
-            terrain.terrain_levels[:] = levels.to(terrain.terrain_levels.device)
-            terrain.env_origins[:] = terrain.terrain_origins[terrain.terrain_levels, terrain.terrain_types]
+        self.load_curriculum_state(state)
         with torch.inference_mode():
             self.reset()
         return False
@@ -92,7 +110,21 @@ class IsaacVecEnv(RslRlVecEnvWrapper):
         }
         return self.get_observations()
 
+    def _command_ranges(self) -> dict[str, Any]:
+        """The ranges that commands are drawn from, by name of the command."""
+        manager = getattr(self.unwrapped, "command_manager", None)
+        terms = {} if manager is None else {name: manager.get_term(name) for name in manager.active_terms}
+        ranges = {name: getattr(term.cfg, "ranges", None) for name, term in terms.items()}
+        return {name: value for name, value in ranges.items() if value is not None}
+
     def _terrain(self) -> Any:
         """The terrain importer of a terrain with levels, if there is one."""
         terrain = getattr(getattr(self.unwrapped, "scene", None), "terrain", None)
         return terrain if getattr(terrain, "terrain_origins", None) is not None else None
+
+
+def _numbers(ranges: Any) -> dict[str, list[float]]:
+    """The fields of a command's ranges that are pairs of numbers."""
+    pairs = {name: value for name, value in vars(ranges).items() if isinstance(value, (tuple, list))}
+    numbers = {name: pair for name, pair in pairs.items() if all(isinstance(x, (int, float)) for x in pair)}
+    return {name: [float(x) for x in pair] for name, pair in numbers.items()}

@@ -87,7 +87,7 @@ def build_networks(
                 "embedding_dim": cfg.world_model.task_embedding_dim,
             }
         network = network_class(obs, groups, name, outputs, **network_cfg)
-        if type(network.obs_normalizer) is EmpiricalNormalization:
+        if type(getattr(network, "obs_normalizer", None)) is EmpiricalNormalization:
             network.obs_normalizer = BoundedNormalization(network.obs_dim)
         networks.append(network.to(device))
     actor, critic = networks

@@ -84,7 +84,7 @@ class M3PO(CheckpointParts):
         self.behaviour = Behaviour(actor, objective, self.gates, cfg.planner, tasks, seed)
         num_rollouts = max(1, round(cfg.world_model.replay_transitions / (storage.num_envs * storage.num_steps)))
         self.replay = ReplayBuffer(storage, num_rollouts, seed)
-        self.policy_learner = PolicyLearner(actor, critic, cfg, self.estimator.units)
+        self.policy_learner = PolicyLearner(actor, critic, self.gates, cfg, self.estimator.units)
         # Without the task embeddings, which other networks share.
         self.critic_replay = CriticReplay(critic, self.policy_learner.parameters("critic"), self.estimator, cfg)
         self.plan_learner = PlanLearner(actor, policy, objective, self.gates, tasks, cfg)
@@ -171,7 +171,7 @@ class M3PO(CheckpointParts):
             metrics |= self.bonus.add(st, replay, advantage_std, self.iteration / self.max_iterations)  # (4)-(7)
             plans, found = self.plan_learner.plan(st, replay)  # (2)-(3)
             self.newest_update.keep("ppo")
-            self.policy_learner.reserve_kl(plans.expected_kl if plans else 0.0, self.gates.part("ppo"))
+            self.policy_learner.reserve_kl(plans.expected_kl if plans else 0.0)
             losses |= self.policy_learner.train(st)  # (8)-(9)
             self.newest_update.keep("plan")
             metrics |= found | self.plan_learner.regress(plans, replay.generator)

@@ -26,17 +26,18 @@ from m3po.storage import ReplayBuffer, RolloutStorage
 LARGEST_SHIFT = 4.0
 """A plan goes no further than this multiple of the root mean square of all plans."""
 
-NUM_EPOCHS = 4
-"""Passes of the policy's regression onto the plans."""
+NUM_EPOCHS = 16
+"""Passes of the policy's regression onto the plans. Few large steps move the policy as far, but hardly along the
+plans."""
 
 EXPECTED_KL = 0.5
 """KL that the regression is expected to move the policy by, as a share of the plans'."""
 
-MOST_KL = 1.0
-"""Largest such share: what goes beyond is taken back."""
-
 RATES = (1e-5, 1e-2)
-"""Bounds of the regression's step size, which follows that share."""
+"""Bounds of the regression's step size."""
+
+GOOD_FIT = (0.8, 1.2)
+"""Multiples of the regression's movement that need no other step size."""
 
 
 @dataclass
@@ -135,7 +136,9 @@ class PlanLearner:
     def regress(self, plans: Plans | None, generator: torch.Generator) -> dict[str, float]:
         """Regress the policy's mean onto plans, from where it is now.
 
-        The policy moves no further than the plans do. The step size follows how far it moved.
+        The policy moves by the multiple of the regression's movement that fits the plans best: the square of their
+        cosine as a share of the plans' KL. So what no network can follow moves nothing. The step size follows that
+        multiple.
 
         Args:
             plans: Plans.
@@ -159,31 +162,30 @@ class PlanLearner:
             for rows in order.chunk(self.num_mini_batches):
                 off = ((self.actor(obs[rows]) - target[rows]) / std[rows]).square().sum(-1)
                 self.guard.step(0.5 * (off * weight[rows]).mean() / size, weight=len(rows))
-        moved, share, cosine = self._moved(obs, mean, std, shift, weight)
-        if share > MOST_KL:  # for small moves the mean is linear in the weights
-            with torch.no_grad():
-                for parameter, old in zip(self.actor.parameters(), before, strict=True):
-                    parameter.copy_(torch.lerp(old, parameter, (MOST_KL / share) ** 0.5))
-            moved = self._moved(obs, mean, std, shift, weight)[0]
-        self.optimizer.param_groups[0]["lr"] = _adapted(rate, share)
+        _, fit, cosine = self._moved(obs, mean, std, shift, weight)
+        with torch.no_grad():  # for small moves the mean is linear in the weights
+            for parameter, old in zip(self.actor.parameters(), before, strict=True):
+                parameter.copy_(torch.lerp(old, parameter, fit))
+        self.optimizer.param_groups[0]["lr"] = _adapted(rate, fit)
+        moved = self._moved(obs, mean, std, shift, weight)[0]
         return {"plan/kl": 0.5 * moved / size, "plan/cosine": cosine, "plan/learning_rate": rate}
 
     @torch.no_grad()
     def _moved(
         self, obs: TensorDict, mean: torch.Tensor, std: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor
     ) -> tuple[float, float, float]:
-        """Mean square of the policy's movement, its ratio to the plans', and the cosine between the two."""
+        """Mean square of the policy's movement, the multiple of it that fits the plans best, and their cosine."""
         moved = (self.actor(obs) - mean) / std
         pairs = ((moved, moved), (shift, shift), (moved, shift))
         sums = torch.stack([((x * y).sum(-1) * weight).mean() for x, y in pairs])
         moves, shifts, both = distributed.mean(sums, weight=len(weight)).tolist()
-        return moves, moves / max(shifts, 1e-12), both / max((moves * shifts) ** 0.5, 1e-12)
+        return moves, max(0.0, both / max(moves, 1e-12)), both / max((moves * shifts) ** 0.5, 1e-12)
 
 
-def _adapted(rate: float, share: float) -> float:
-    """The next step size of a regression that moved the policy by a share of what was planned, as rsl_rl adapts its."""
-    if share > MOST_KL:
+def _adapted(rate: float, fit: float) -> float:
+    """The next step size of a regression, of whose movement a multiple fits the plans best."""
+    if fit < GOOD_FIT[0]:
         return max(RATES[0], rate / 1.5)
-    if share < EXPECTED_KL:
+    if fit > GOOD_FIT[1]:
         return min(RATES[1], rate * 1.5)
     return rate

@@ -14,6 +14,7 @@ from rsl_rl.models import MLPModel
 from torch import nn
 
 from m3po import distributed
+from m3po.algorithms.gates import Gates
 from m3po.algorithms.policy_loss import surrogate_loss, value_loss
 from m3po.algorithms.statistics import mean_per_task
 from m3po.algorithms.step_guard import StepGuard
@@ -32,6 +33,7 @@ class PolicyLearner:
         self,
         actor: MLPModel,
         critic: MLPModel,
+        gates: Gates,
         cfg: AlgorithmCfg,
         units: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
@@ -40,10 +42,11 @@ class PolicyLearner:
         Args:
             actor: Policy.
             critic: Value function; it may share the task embedding with the policy.
+            gates: They say how far an update may go.
             cfg: Configuration.
             units: Tasks (B,) -> reward units of the critic's output, (B,).
         """
-        self.actor, self.critic, self.cfg, self.units = actor, critic, cfg, units
+        self.actor, self.critic, self.gates, self.cfg, self.units = actor, critic, gates, cfg, units
         self.learning_rate = cfg.learning_rate
         heads = list(actor.task_head.parameters()) if isinstance(actor, TaskMLPModel) else []
         self.task_rates = torch.full((len(heads[0]),), cfg.learning_rate) if heads else torch.empty(0)
@@ -72,19 +75,19 @@ class PolicyLearner:
         first = [p.exp() if self._is_log else p for p in first]
         least = [(LEAST_PART * p).clamp(max=LEAST_STD) for p in first]
         self._least_std = [p.log() if self._is_log else p for p in least]
-        self.reserve_kl(0.0, torch.ones(max(1, len(self.task_rates))))
+        self.reserve_kl(0.0)
         self._set_learning_rate(cfg.learning_rate)
 
-    def reserve_kl(self, kl: float, budget: torch.Tensor) -> None:
-        """Set how far the next update goes.
+    def reserve_kl(self, kl: float) -> None:
+        """Set how far the next update goes: as far as the gates say.
 
         Args:
             kl: Part of the KL budget that is reserved for the plans, nats; PPO gets the rest, and at least a quarter.
-            budget: Part of that which an update of each task is worth, (K,).
         """
-        rest = max(self.cfg.desired_kl - kl, 0.25 * self.cfg.desired_kl)
+        budget, rest = self.gates.part("ppo"), max(self.cfg.desired_kl - kl, 0.25 * self.cfg.desired_kl)
         self.desired_kls = [rest * part for part in budget.tolist()]
-        self.budget = budget.mean().item()
+        # An update that waited for several rollouts stands for as many of the std's.
+        self.std_pace = (self.gates.waited * budget.mean().item()) ** 0.5
         std = self.parameters("std")
         # The step size is that of the logarithm, however the std is written.
         self.std_unit = 1.0 if self._is_log or not std else std[0].mean().item()
@@ -172,7 +175,7 @@ class PolicyLearner:
         rates = {
             "policy": rate,
             "critic": max(rate, self.cfg.learning_rate),
-            "std": self.cfg.std_learning_rate * self.std_unit * self.budget**0.5,
+            "std": self.cfg.std_learning_rate * self.std_unit * self.std_pace,
         }
         if len(self.task_rates):
             rates["heads"] = self.task_rates.max().item()

@@ -177,6 +177,14 @@ class ProcessMember(VecEnv):
         """Go on from :meth:`state_dict`. Returns whether the environments go on exactly."""
         return self._call("load_state_dict", (state, self._slot))
 
+    def curriculum_state(self) -> dict[str, Any] | None:
+        """How hard the task is by now; ``None`` where it does not tell."""
+        return self._call("curriculum_state", None)
+
+    def load_curriculum_state(self, state: dict[str, Any]) -> None:
+        """Make the task as hard as :meth:`curriculum_state` of other environments of the task says."""
+        self._call("load_curriculum_state", state)
+
     def reset(self) -> tuple[TensorDict, dict[str, Any]]:
         """Reset all environments."""
         self._slot = 1 - self._slot

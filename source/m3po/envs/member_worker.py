@@ -128,6 +128,14 @@ class _Worker:
         self._write_obs(slot, self.env.get_observations())
         return exact
 
+    def curriculum_state(self, _: None) -> dict[str, Any] | None:
+        """How hard the task is by now, where it tells that."""
+        return self.env.curriculum_state() if hasattr(self.env, "curriculum_state") else None
+
+    def load_curriculum_state(self, state: dict[str, Any]) -> None:
+        """Make the task as hard as that."""
+        self.env.load_curriculum_state(state)
+
     def set_episode_lengths(self, _: int) -> None:
         """Assign the environments' episode lengths."""
         self.env.episode_length_buf = self.shared["episode_length_buf"].clone()

@@ -182,6 +182,16 @@ class MultiTaskVecEnv(VecEnv):
             merged["lost"] = self._per_env(lost)
         return self.get_observations(), self._cat(rewards, torch.get_default_dtype()), ends, merged
 
+    def curriculum_state(self) -> list[dict[str, Any] | None]:
+        """How hard each task is by now; ``None`` where it does not tell."""
+        return [env.curriculum_state() if hasattr(env, "curriculum_state") else None for env in self._envs]
+
+    def load_curriculum_state(self, state: list[dict[str, Any] | None]) -> None:
+        """Make the tasks as hard as :meth:`curriculum_state` of other environments of the same tasks says."""
+        for env, part in zip(self._envs, state, strict=True):
+            if part is not None:
+                env.load_curriculum_state(part)
+
     def state_dict(self) -> list[dict[str, Any] | None]:
         """What the members tell of their state, for :meth:`load_state_dict`."""
         return [env.state_dict() if hasattr(env, "state_dict") else None for env in self._envs]

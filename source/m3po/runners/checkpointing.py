@@ -68,6 +68,7 @@ class CheckpointingRunner(OnPolicyRunner):
         content["infos"] = infos
         content["m3po"] = self.description()
         content["runner_state"] = {name: getattr(self, name) for name in RUNNER_STATE}
+        content["curriculum"] = self.env.curriculum_state() if hasattr(self.env, "curriculum_state") else None
         if resumable:
             content["resume"] = self._resume_state()
         write_checkpoint(path, content)
@@ -88,11 +89,17 @@ class CheckpointingRunner(OnPolicyRunner):
     ) -> dict | None:
         """Restore a checkpoint of the same task, spaces and algorithm; training continues with the next iteration.
 
+        The task is as hard as it was there, from the next reset on.
+
         Raises:
             CheckpointError: If the file is unreadable or does not fit; nothing is loaded then.
         """
         content = read_checkpoint(path, map_location or self.device)
         self._load(path, content, load_cfg, strict)
+        state = content.get("curriculum")
+        if state is not None and hasattr(self.env, "load_curriculum_state"):
+            self.env.load_curriculum_state(state)
+            print("[m3po] curricula are where they were at the checkpoint", flush=True)
         self.first_iteration = self.current_learning_iteration
         return content["infos"]
 

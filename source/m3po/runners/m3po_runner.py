@@ -50,6 +50,9 @@ class Evaluator(Protocol):
     def wait(self) -> list[dict]:
         """Results of everything queued; blocks."""
 
+    def restart(self) -> None:
+        """Begin anew after ``poll`` or ``wait`` has raised an ``M3POError``; nothing is queued then."""
+
     def close(self) -> None:
         """Release what the evaluator holds."""
 
@@ -111,6 +114,7 @@ class M3PORunner(CheckpointingRunner):
         self.env_steps, self.seconds = 0, 0.0
         self.first_iteration = 0
         """Where the run began: later than 0 if it started with a checkpoint of another."""
+        self._evaluator_failed = False
         self._unevaluated: dict[int, str] = {}
         """Checkpoints whose evaluation has not come back yet, by iteration."""
         self._episodes_run = False
@@ -144,7 +148,7 @@ class M3PORunner(CheckpointingRunner):
         first = self.current_learning_iteration
         try:
             self._iterate(first, first + num_learning_iterations, obs, watch)
-            self._finish_evaluations()
+            self._collect_evaluations(wait=True)
             self._report_embedding()
         finally:
             self.reporter.close()
@@ -286,12 +290,27 @@ class M3PORunner(CheckpointingRunner):
                 print(f"[m3po] {error} Training goes on; the checkpoints before it are still there.", flush=True)
         if it in self._unevaluated:
             self.evaluator.submit(path, it)
-        if self.evaluator is not None:
-            self._record(self.evaluator.poll())
+        self._collect_evaluations(wait=False)
 
-    def _finish_evaluations(self) -> None:
-        if self.evaluator is not None:
-            self._record(self.evaluator.wait())
+    def _collect_evaluations(self, wait: bool) -> None:
+        """Record results, with ``wait`` of everything queued. An evaluator that fails is started anew, but once."""
+        while self.evaluator is not None:
+            try:
+                results = self.evaluator.wait() if wait else self.evaluator.poll()
+            except M3POError as error:
+                reason = str(error).splitlines()[0]
+                if self._evaluator_failed:
+                    print(f"[m3po] {reason} Training goes on without evaluations.", flush=True)
+                    self.evaluator = None
+                    return
+                print(f"[m3po] {reason} It is started once more.", flush=True)
+                self._evaluator_failed = True
+                self.evaluator.restart()
+                for it, path in self._unevaluated.items():
+                    self.evaluator.submit(path, it)
+            else:
+                self._record(results)
+                return
 
     def _report_embedding(self) -> None:
         """Print the nearest tasks of each task after training, and write the report on their embeddings."""
