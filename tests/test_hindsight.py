@@ -9,7 +9,7 @@ from test_plan_learning import collect, judged, runner_of
 from test_train_cli import tensors
 from toy_env import PointEnv, runner_cfg
 
-from m3po.algorithms.gates import BUDGET_RATE, BUDGET_STEPS, LARGEST_SLOPE, LEAST_BUDGET, LEAST_SLOPE, Gates
+from m3po.algorithms.gates import BUDGET_RATE, BUDGET_STEPS, LARGEST_SLOPE, LEAST_BUDGET, Gates
 from m3po.algorithms.hindsight import LATER
 from m3po.algorithms.newest_update import PARTS, gaussian_kl
 from m3po.algorithms.policy_learning import LEAST_STD
@@ -229,16 +229,16 @@ def test_the_kl_of_gaussians():
 
 
 def test_budgets_follow_the_slope():
-    gates, slope = Gates(4), LEAST_SLOPE["plan"] + torch.tensor([-0.1, 0.1, 0.1, -5.0])
+    gates, slope = Gates(4), torch.tensor([-0.1, 0.1, 0.1, -5.0])
     gates.plan_budget.copy_(torch.tensor([0.5, 0.5, 1.0, 0.5]))
     gates.update_budget("plan", slope, torch.full((4,), BUDGET_STEPS))
-    grown, least = math.exp(BUDGET_RATE * 0.1), math.exp(-BUDGET_RATE * (LARGEST_SLOPE + LEAST_SLOPE["plan"]))
+    grown, least = math.exp(BUDGET_RATE * 0.1), math.exp(-BUDGET_RATE * LARGEST_SLOPE)
     assert gates.plan_budget.tolist() == pytest.approx([0.5 / grown, 0.5 * grown, 1.0, 0.5 * least])
     assert gates.ppo_budget.tolist() == [1.0] * 4
 
 
 def test_few_steps_weigh_less_and_nothing_falls_below_the_least():
-    gates, slope = Gates(2), torch.full((2,), LEAST_SLOPE["ppo"] - 0.1)
+    gates, slope = Gates(2), torch.full((2,), -0.1)
     gates.update_budget("ppo", slope, torch.tensor([BUDGET_STEPS / 8, 0.0]))
     assert gates.ppo_budget.tolist() == pytest.approx([math.exp(-BUDGET_RATE * 0.1 / 8**0.5), 1.0])
     for _ in range(200):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import run_process
 
-from m3po.cli.overrides import assign, parse_value
+from m3po.cli.overrides import TERMS, assign, parse_value
 from m3po.config import REMOVED, AlgorithmCfg, from_dict
 from m3po.errors import UserError
 from m3po.manifest import git_revision, jsonable, package_versions
@@ -250,6 +250,23 @@ def test_override_that_cannot_apply_says_why(path, text, message):
     with pytest.raises(UserError, match="override 'agent") as error:
         assign(Root(), path, parse_value(text), "agent")
     assert message in str(error.value)
+
+
+@dataclasses.dataclass
+class Terms:
+    """A manager's section of an Isaac Lab environment."""
+
+    height: Leaf | str = dataclasses.field(default_factory=Leaf)
+
+
+@pytest.mark.parametrize("section", TERMS)
+def test_null_switches_a_term_of_an_environment_off(section):
+    root = {section: {"policy": Terms()}, "scene": Leaf()}
+    assign(root, f"{section}.policy.height", None, "env")
+    assert root[section]["policy"].height is None
+    for path in ("scene", f"{section}.policy.height.number"):
+        with pytest.raises(UserError, match="override 'env"):
+            assign({section: {"policy": Terms()}, "scene": Leaf()}, path, None, "env")
 
 
 def test_a_field_of_an_earlier_version_names_what_replaces_it(facts):

@@ -15,6 +15,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.logs import number
 from m3po.errors import UserError
 
 Policy = Callable[[TensorDict], torch.Tensor]
@@ -215,6 +216,7 @@ class _Tally:
             time_outs: Those by time-out, (n,).
             rate: What the log says.
         """
+        rate = rate if isinstance(rate, torch.Tensor) else number(rate)
         value = torch.as_tensor(rate, dtype=torch.float32, device=done.device).mean()
         time_out_share = (time_outs & done).sum() / done.sum()
         self._is_survival[rows] &= ~done.any() | torch.isclose(value, time_out_share)

@@ -37,10 +37,6 @@ weighs by its square root, up to 2: the noise of a slope, and so of the budgets,
 LEAST_BUDGET = 1.0 / 32.0
 """Smallest part of a KL budget."""
 
-LEAST_SLOPE = {"ppo": 0.01, "plan": 0.0}
-"""Slope at its end that makes a part of an update worth its length. What gains less in PPO's is mostly noise, which the
-next updates have to undo. Plans are not asked for it: on task sets, gains as small as this add up."""
-
 LARGEST_SLOPE = 0.2
 """Bound of the slope that a single rollout shows."""
 
@@ -118,7 +114,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def update_budget(self, part: str, slope: torch.Tensor, steps: torch.Tensor) -> None:
-        """Let the budget of a part of the update grow while the return still rises well at the end of its steps.
+        """Let the budget of a part of the update grow while the return still rises at the end of its steps.
 
         Args:
             part: ``ppo`` or ``plan``.
@@ -126,7 +122,7 @@ class Gates(nn.Module):
             steps: Steps that this was measured on, (K,).
         """
         slope = slope.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
-        change = BUDGET_RATE * (slope - LEAST_SLOPE[part]) * (steps / BUDGET_STEPS).clamp(max=4.0).sqrt()
+        change = BUDGET_RATE * slope * (steps / BUDGET_STEPS).clamp(max=4.0).sqrt()
         getattr(self, f"{part}_budget").mul_(change.exp()).clamp_(LEAST_BUDGET, 1.0)
 
     @torch.no_grad()

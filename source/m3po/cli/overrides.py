@@ -11,6 +11,9 @@ from typing import Any
 from m3po.config import replacement
 from m3po.errors import UserError
 
+TERMS = ("actions", "commands", "curriculum", "events", "observations", "recorders", "rewards", "terminations")
+"""Sections of an Isaac Lab environment whose terms are switched off by ``null``."""
+
 _LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -81,6 +84,11 @@ def _fit(current: Any, value: Any, annotation: str, where: str) -> Any:
         return UserError(f"override '{where}' expects {kind}, got {value!r}.")
 
     if value is None:
+        is_term = where.startswith(tuple(f"env.{section}." for section in TERMS)) and dataclasses.is_dataclass(current)
+        if is_term:
+            return None
+        if hasattr(current, "__dataclass_fields__"):
+            raise expects(f"one of its fields to be set instead; it has: {', '.join(_fields(current))}")
         if current is not None and annotation and "None" not in annotation and "Optional" not in annotation:
             raise expects(f"a value like {current!r}")
         return None

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+
+
+def number(value: Any) -> float:
+    """An entry of a log as a number: the mean of several; NaN of anything that holds none."""
+    try:
+        return float(torch.as_tensor(value).float().mean())
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 class NewLogs:

@@ -21,7 +21,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
-from m3po.envs.logs import NewLogs
+from m3po.envs.logs import NewLogs, number
 from m3po.envs.shared_tensors import Sizes, cut, synchronize
 from m3po.stopping import leave_signals_to_the_parent
 
@@ -160,4 +160,4 @@ class _Worker:
     def _new_log(self, extras: dict[str, Any]) -> dict[str, float]:
         """Means of a new log's entries."""
         log = self.logs.take(extras.get("log"))
-        return {key: torch.as_tensor(value, dtype=torch.float32).mean().item() for key, value in log.items()}
+        return {str(key): number(value) for key, value in log.items()}

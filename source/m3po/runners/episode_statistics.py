@@ -16,8 +16,14 @@ import torch
 from rsl_rl.env import VecEnv
 
 from m3po import distributed
-from m3po.envs.logs import NewLogs
+from m3po.envs.logs import NewLogs, number
 from m3po.evaluation import capped_score, is_success_rate
+
+OWN_NAMES = frozenset(
+    ("bonus", "gate", "loss", "model", "plan", "planner", "policy", "robust", "task", "update")
+    + ("Eval", "Loss", "Perf", "Task", "Train")
+)
+"""First parts of the names that reports use. An environment's log that has one is reported below ``Episode``."""
 
 
 class EpisodeStatistics:
@@ -60,6 +66,7 @@ class EpisodeStatistics:
         """Sum of the rewards and number of the steps since the last reading."""
         self._logs: list[dict[str, Any]] = []
         self._new_logs = NewLogs()
+        self._skipped: set[str] = set()
 
     @classmethod
     def of(cls, env: VecEnv, device: str) -> EpisodeStatistics:
@@ -183,13 +190,14 @@ class EpisodeStatistics:
     def _read_log(self) -> dict[str, float]:
         """Means of the environment's own log; a single task's success rate also under the name ``success``."""
         values: dict[str, list[float]] = {}
-        logs = [{key: float(torch.as_tensor(x).float().mean()) for key, x in log.items()} for log in self._logs]
+        logs = [self._numbers(log) for log in self._logs]
         for log in itertools.chain.from_iterable(distributed.collected(logs)):
             for key, value in log.items():
                 values.setdefault(key, []).append(value)
         result: dict[str, float] = {}
         for key, series in values.items():
-            name = key if "/" in key else f"Episode/{key}"
+            own = "/" not in key or key.split("/")[0] in OWN_NAMES
+            name = f"Episode/{key}" if own else key
             result[name] = _mean(series)
             task, several, metric = key.rpartition("/Metrics/")
             if is_success_rate(key):
@@ -198,6 +206,16 @@ class EpisodeStatistics:
                 self._success_rates[task] = result[name]
         self._logs.clear()
         return result
+
+    def _numbers(self, log: dict[str, Any]) -> dict[str, float]:
+        """The entries of a log that are numbers, or the means of numbers; which are not is said once."""
+        numbers = {str(key): number(value) for key, value in log.items()}
+        for key in [key for key, number in numbers.items() if math.isnan(number)]:
+            del numbers[key]
+            if key not in self._skipped:
+                self._skipped.add(key)
+                print(f"[m3po] the environment's log holds no number under '{key}', which is not reported", flush=True)
+        return numbers
 
 
 def _episode_means(
