@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from isaaclab_m3po.vec_env import IsaacVecEnv
 from toy_env import PointEnv, runner_cfg
 
+from isaaclab_m3po.vec_env import IsaacVecEnv
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint

@@ -1,5 +1,7 @@
 """Which logs of an environment are new: direct tasks change theirs, manager-based ones replace it."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_every_iteration_reports_the_log_of_its_resets(kind):
 class Odd(PointEnv):
     """A task whose log holds whatever it likes."""
 
-    log = {
+    log: ClassVar = {
         "note": "hello",
         "Metrics/list": [1.0, 2.0],
         "Metrics/numpy": np.float32(1.5),

@@ -20,8 +20,10 @@ from m3po.envs.logs import NewLogs, number
 from m3po.evaluation import capped_score, is_success_rate
 
 OWN_NAMES = frozenset(
-    ("bonus", "gate", "loss", "model", "plan", "planner", "policy", "robust", "task", "update")
-    + ("Eval", "Loss", "Perf", "Task", "Train")
+    (
+        *("bonus", "gate", "loss", "model", "plan", "planner", "policy", "robust", "task", "update"),
+        *("Eval", "Loss", "Perf", "Task", "Train"),
+    )
 )
 """First parts of the names that reports use. An environment's log that has one is reported below ``Episode``."""
 
@@ -210,7 +212,7 @@ class EpisodeStatistics:
     def _numbers(self, log: dict[str, Any]) -> dict[str, float]:
         """The entries of a log that are numbers, or the means of numbers; which are not is said once."""
         numbers = {str(key): number(value) for key, value in log.items()}
-        for key in [key for key, number in numbers.items() if math.isnan(number)]:
+        for key in [key for key, value in numbers.items() if math.isnan(value)]:
             del numbers[key]
             if key not in self._skipped:
                 self._skipped.add(key)
