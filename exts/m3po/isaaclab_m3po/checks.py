@@ -39,6 +39,56 @@ def check_agent(agent_cfg: Any, algo: str, entry: str) -> Any:
     return handle_deprecated_rsl_rl_cfg(agent_cfg, importlib.metadata.version("rsl-rl-lib"))
 
 
+def check_actions(task: str, env_cfg: Any) -> None:
+    """Refuse tasks whose actions are not vectors of numbers; manager-based ones always are."""
+    import gymnasium as gym
+    from isaaclab.envs.utils.spaces import spec_to_gym_space
+
+    spec = getattr(env_cfg, "action_space", None)
+    specs = getattr(env_cfg, "action_spaces", None) or ({} if spec is None else {"": spec})
+    for spec in specs.values():
+        space = spec_to_gym_space(spec)
+        if not isinstance(space, gym.spaces.Box):
+            raise UserError(
+                f"task '{task}' has actions of kind {type(space).__name__}. M3PO and rsl_rl's PPO act with vectors of "
+                "numbers (Box) alone; skrl and Stable-Baselines3 have PPO for discrete actions."
+            )
+
+
+RUNNER_SETTINGS = ("class_name", "logger", "resume", "load_run", "load_checkpoint", "torch_compile_mode")
+"""Fields of rsl_rl's runner that our commands do not read: they have options, folders and loggers of their own."""
+
+PPO_SETTINGS = (
+    *("rnd_cfg", "symmetry_cfg", "optimizer", "normalize_advantage_per_mini_batch", "share_cnn_encoders"),
+    "use_mixed_precision",
+)
+"""Fields of rsl_rl's PPO that M3PO does not have."""
+
+
+def ignored_settings(agent_cfg: Any, task_agent_cfg: Any, algo: str) -> list[str]:
+    """Settings that somebody has chosen and that have no effect.
+
+    Args:
+        agent_cfg: Runner configuration that is used.
+        task_agent_cfg: The task's own runner configuration for rsl_rl, which M3PO's is made from.
+        algo: Key of :data:`ALGORITHMS`.
+
+    Returns:
+        Names of the fields that differ from their defaults.
+    """
+    from isaaclab_rl.rsl_rl import RslRlOnPolicyRunnerCfg, RslRlPpoAlgorithmCfg
+
+    places = [(agent_cfg, RslRlOnPolicyRunnerCfg(), RUNNER_SETTINGS, "")]
+    if algo == "m3po":
+        places.append((task_agent_cfg.algorithm, RslRlPpoAlgorithmCfg(), PPO_SETTINGS, "algorithm."))
+    return [
+        f"{section}{name}"
+        for cfg, plain, names, section in places
+        for name in names
+        if hasattr(plain, name) and getattr(cfg, name, getattr(plain, name)) != getattr(plain, name)
+    ]
+
+
 def check_sizes(agent_cfg: Any, algo: str, num_envs: int, device: str) -> None:
     """Check the rollout and mini-batch sizes of both algorithms, and all fields of M3PO's configuration."""
     from m3po.algorithms.construction import check_cfg

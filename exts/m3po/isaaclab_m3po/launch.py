@@ -26,7 +26,7 @@ from m3po.errors import M3POError, UserError
 from m3po.presets import describe
 
 from . import assets
-from .checks import ALGORITHMS, check_agent, check_sizes, choose_agent
+from .checks import ALGORITHMS, check_actions, check_agent, check_sizes, choose_agent, ignored_settings
 
 
 @dataclass
@@ -170,6 +170,7 @@ def prepare(request: Request, play: bool = False) -> Job:
     entry = choose_agent(task, args.algo, args.agent)
     env_cfg, agent_cfg = resolve_configurations(task, entry, request.overrides, play)
     agent_cfg = check_agent(agent_cfg, args.algo, entry)
+    check_actions(task, env_cfg)
 
     sized = any(token.startswith("env.scene.num_envs=") for token in request.overrides)
     if args.num_envs is None and not sized and device == "cpu":
@@ -202,6 +203,8 @@ def prepare(request: Request, play: bool = False) -> Job:
 def report(job: Job) -> None:
     """Print what was chosen: device, threads, assets, preset."""
     import torch
+    from isaaclab_tasks.utils.hydra import resolve_presets
+    from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
 
     from .registration import ENTRY_POINTS
 
@@ -213,6 +216,9 @@ def report(job: Job) -> None:
     steps = job.agent_cfg.num_steps_per_env
     together = f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"[m3po] environments: {job.env_cfg.scene.num_envs}{together}, steps per rollout: {steps}")
+    own = resolve_presets(load_cfg_from_registry(job.task, ALGORITHMS["ppo"]))
+    if ignored := ignored_settings(job.agent_cfg, own, job.algo):
+        print(f"[m3po] settings of the agent that have no effect here: {', '.join(ignored)}")
     if job.algo == "m3po":
         mode = ENTRY_POINTS.get(job.agent_entry, job.agent_entry)
         print(describe(job.agent_cfg.algorithm, mode, job.agent_cfg.device))
