@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -57,6 +58,9 @@ def paper() -> AlgorithmCfg:
         critic_replay=CriticReplayCfg(steps_per_iteration=0),
     )
 
+
+PLAIN_GROUPS = {"actor": ["policy"], "critic": ["policy"]}
+"""Observation groups of tasks that bring no configuration of their own."""
 
 MODES = {"default": AlgorithmCfg, "paper": paper}
 """Mode -> makes its configuration, sized for a CPU."""
@@ -144,7 +148,7 @@ def suite_runner_cfg(multi_task: bool, device: str, mode: str, algo: str = "m3po
         "save_interval": 50,
         "check_for_nan": True,
         "quarantine_share": QUARANTINE_SHARE,
-        "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
+        "obs_groups": copy.deepcopy(PLAIN_GROUPS),
         "actor": {**network, "distribution_cfg": noise},
         "critic": dict(network),
         "algorithm": sized(algorithm, device),

@@ -23,7 +23,8 @@ def _build(order: dict[str, Any]) -> Iterator[Evaluate]:
     kinds = policies_of(job.train_cfg)
     sizes = [order["num_envs"]] * len(job.infos)
     with suite_job.environments(job, sizes, job.seed + SEED_OFFSET) as env:
-        runner = M3PORunner(env, acting_cfg(job.train_cfg), log_dir=None, device=job.device)
+        cfg = suite_job.with_groups(acting_cfg(job.train_cfg), env)
+        runner = M3PORunner(env, cfg, log_dir=None, device=job.device)
 
         def evaluate(checkpoint: str) -> dict[str, dict]:
             runner.load(checkpoint, load_cfg={"actor": True})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import zipfile
@@ -14,7 +13,7 @@ import torch
 from rsl_rl.env import VecEnv
 
 from m3po.cli.arguments import Parser, guarded
-from m3po.envs.suite import find_task, suites
+from m3po.envs.suite import as_context, find_task, suites
 from m3po.errors import UserError
 from m3po.runners.flight_recorder import FORMAT, is_sound
 
@@ -141,7 +140,7 @@ def _replay(recording: dict[str, Any], overrides: list[str]) -> None:
     suite, name = find_task(task) if others else (suites()["isaaclab"], task)
     options = {"overrides": overrides} if suite.name == "isaaclab" else {}
     made = suite.make(name, len(columns), seed=recording["seed"] or 0, device="cpu", **options)
-    with contextlib.closing(made) if isinstance(made, VecEnv) else made as env:
+    with as_context(made) as env:
         for line in replay(env, {name: value[:, columns] for name, value in recording["steps"].items()}):
             print(line)
 

@@ -23,9 +23,9 @@ from m3po.cli.overrides import assign, parse_value
 from m3po.envs.absent import AbsentEnv
 from m3po.envs.member_process import ProcessMember
 from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
-from m3po.envs.suite import TaskInfo, expand, find_task, named_sets, suites
+from m3po.envs.suite import TaskInfo, as_context, expand, find_task, named_sets, suites
 from m3po.errors import UserError
-from m3po.presets import suite_runner_cfg
+from m3po.presets import PLAIN_GROUPS, suite_runner_cfg
 from m3po.runners import run_folder
 from m3po.runners.checkpoint import SELECTORS, check_compatible, read_checkpoint
 
@@ -250,9 +250,10 @@ def environments(
                     options["assets"] = job.args.assets
                 log = None if log_dir is None else log_dir / f"member_{info.name}.log"
                 env: VecEnv = ProcessMember(task, "m3po.envs.suite:make_environments", options, seed + k, log)
+                stack.callback(env.close)
             else:
-                env = suite.make(task, size, seed=seed + k, device=job.device)
-            stack.callback(env.close)
+                env = stack.enter_context(as_context(suite.make(task, size, seed=seed + k, device=job.device)))
+                _check_environments(env, info.name)
             members.append(Member(info.name, env, info.score_range, info.reports_success))
         if not job.multi_task:
             yield members[0].env.connect() if isinstance(env, ProcessMember) else env
@@ -260,6 +261,33 @@ def environments(
         batch = MultiTaskVecEnv(with_absent(members, job.infos, job.device), job.device, restart)
         stack.callback(batch.close)  # first, because it tells all processes to stop at once
         yield batch
+
+
+def _check_environments(env: Any, task: str) -> None:
+    """Check that a suite made what training and evaluations ask for."""
+    if not isinstance(env, VecEnv):
+        raise UserError(f"the environments of task '{task}' are a {type(env).__name__}, not an rsl_rl VecEnv.")
+    if not hasattr(env, "reset"):
+        raise UserError(f"the environments of task '{task}' need reset() -> (observations, extras), for evaluations.")
+    groups = list(env.get_observations().keys())
+    if "policy" not in groups:
+        raise UserError(f"the environments of task '{task}' have no observation group 'policy', only: {groups}.")
+
+
+def with_groups(train_cfg: dict[str, Any], env: VecEnv) -> dict[str, Any]:
+    """A runner configuration whose critic reads the group ``critic`` where the environments of a task offer it.
+
+    Several tasks share one critic, which reads the group ``policy``; that is said where a task offers another.
+    """
+    members = getattr(env, "members", ())
+    offering = [member.name for member in members if "critic" in member.env.get_observations().keys()]  # noqa: SIM118
+    if offering:
+        print(
+            f"[m3po] the critic of several tasks does not read the group 'critic' of: {', '.join(offering)}", flush=True
+        )
+    if train_cfg["obs_groups"] != PLAIN_GROUPS or "critic" not in env.get_observations().keys():  # noqa: SIM118
+        return train_cfg
+    return train_cfg | {"obs_groups": {"actor": ["policy"], "critic": ["critic"]}}
 
 
 def with_absent(members: list[Member], infos: list[TaskInfo], device: str) -> list[Member]:

@@ -134,7 +134,11 @@ def _main(argv: list[str]) -> int:
         own_dir.mkdir(exist_ok=True)
         seed = job.seed + distributed.rank()
         env = stack.enter_context(suite_job.environments(job, job.sizes, seed, own_dir, restart=args.restart_members))
-        runner = M3PORunner(env, _runner_cfg(job), str(run_dir), job.device, evaluator, stop)
+        cfg = suite_job.with_groups(_runner_cfg(job), env)
+        try:
+            runner = M3PORunner(env, cfg, str(run_dir), job.device, evaluator, stop)
+        except ValueError as error:  # rsl_rl's and our own complaints about classes and observation groups
+            raise UserError(str(error)) from error
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)

@@ -23,6 +23,7 @@ from tensordict import TensorDict
 
 from m3po.envs.logs import NewLogs, number
 from m3po.envs.shared_tensors import Sizes, cut, synchronize
+from m3po.envs.suite import as_context
 from m3po.stopping import leave_signals_to_the_parent
 
 OPTIONAL = ("time_outs", "final_obs", "success")
@@ -77,7 +78,7 @@ def _environments(factory: str, arguments: dict[str, Any]) -> contextlib.Abstrac
     """Call the factory; environments that it returns without a context are closed at the end."""
     module, _, function = factory.partition(":")
     made = getattr(importlib.import_module(module), function)(**arguments)
-    return contextlib.closing(made) if isinstance(made, VecEnv) else made
+    return as_context(made)
 
 
 def _serve(env: VecEnv, connection: Connection) -> None:

@@ -219,7 +219,7 @@ class MultiTaskVecEnv(VecEnv):
                 env.stop()  # all at once
         with contextlib.ExitStack() as stack:
             for env in self._envs:
-                stack.callback(env.close)
+                stack.callback(getattr(env, "close", lambda: None))
 
     # -- step ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import re
@@ -71,7 +72,12 @@ class Suite(Protocol):
         """What is known of a task."""
 
     def make(self, task: str, num_envs: int, *, seed: int, device: str, **options: Any) -> VecEnv:
-        """Create a batch of environments of a task, or a context manager that yields one."""
+        """Create a batch of environments of a task, or a context manager that yields one.
+
+        They are an rsl_rl ``VecEnv`` with the observation group ``policy``, and with ``reset() -> (observations,
+        extras)``. A group ``critic`` is read by the critic of a single task. ``extras["time_outs"]`` tells ends by
+        time-out from terminations. ``close()`` is called at the end where there is one.
+        """
 
 
 @cache
@@ -132,6 +138,13 @@ def expand(text: str) -> list[str]:
     if twice:
         raise UserError(f"tasks named more than once in '{text}': {', '.join(twice)}.")
     return canonical
+
+
+def as_context(made: Any) -> contextlib.AbstractContextManager[VecEnv]:
+    """A context that yields what :meth:`Suite.make` returned, and closes it at the end where it can be closed."""
+    if not isinstance(made, VecEnv) and hasattr(made, "__enter__"):
+        return made
+    return contextlib.closing(made) if hasattr(made, "close") else contextlib.nullcontext(made)
 
 
 def make_environments(suite: str, task: str, **options: Any) -> Any:
