@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isaaclab_m3po import asset_builder, assets
+from isaaclab_m3po import asset_builder, asset_files, assets
 from m3po.errors import M3POError, UserError
 
 # Steps a task with random actions and prints what its robot ended up with.
@@ -219,3 +219,52 @@ def test_task_steps_on_embedded_assets(run_script, task: str, shape: str, joints
     assert printed["finite"] == "True"
     assert printed["shape"] == shape
     assert set(printed["joints"].split()) == joints
+
+
+# -- tasks that are not known to be covered ---------------------------------------------------------------------------
+
+ROBOT, LACKING = asset_builder.CARTPOLE, "Isaac/Robots/Other/other.usd"
+
+
+@pytest.mark.parametrize(
+    ("files", "mode", "set_to_cache", "chosen"),
+    [
+        ([ROBOT], "auto", False, "embedded"),
+        ([ROBOT, asset_builder.GROUND], "embedded", False, "embedded"),
+        ([ROBOT, LACKING], "auto", False, "remote"),
+        ([], "auto", False, "remote"),  # what its code loads cannot be told
+        ([], "embedded", False, "embedded"),
+        (None, "auto", False, "remote"),
+        ([ROBOT], "auto", True, "embedded"),
+        ([ROBOT], "remote", True, "remote"),
+    ],
+)
+def test_a_users_task_is_judged_by_its_files(monkeypatch, files, mode, set_to_cache, chosen) -> None:
+    monkeypatch.setattr(assets, "named_by", lambda task, root: files)
+    if set_to_cache:
+        monkeypatch.setenv("ISAACSIM_ASSET_ROOT", str(assets.cache_folder()))
+    choice = assets.prepare_assets(mode, "My-Task")
+    assert choice.mode == chosen
+    assert root_of_environment() == (str(assets.cache_folder()) if chosen == "embedded" else None)
+
+
+@pytest.mark.parametrize("asked", ["option", "variable"])
+def test_a_missing_file_is_named_where_embedded_assets_are_asked_for(monkeypatch, asked) -> None:
+    monkeypatch.setattr(assets, "named_by", lambda task, root: [ROBOT, LACKING])
+    if asked == "variable":
+        monkeypatch.setenv("ISAACSIM_ASSET_ROOT", str(assets.cache_folder()))
+    with pytest.raises(UserError, match=f"'My-Task' needs {LACKING}$"):
+        assets.prepare_assets("embedded" if asked == "option" else "auto", "My-Task")
+
+
+def test_the_files_that_a_configuration_names() -> None:
+    nested = types.SimpleNamespace(path="/root/a.usd", other="/elsewhere/b.usd", number=3)
+    tree = {"x": nested, "again": nested, "list": ["/root/c/d.usd", ("/root/e.usd",)], "cls": dict}
+    tree["itself"] = tree
+    assert sorted(asset_files.below("/root", tree)) == ["a.usd", "c/d.usd", "e.usd"]
+
+
+def test_the_files_of_real_tasks() -> None:
+    root = assets.cache_folder()
+    assert asset_files.named_by("Isaac-Ant-v0", root) == [asset_builder.ANT]
+    assert asset_files.named_by("no-such-task", root) is None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isaaclab_m3po.asset_builder import FILES, FORMAT
+from isaaclab_m3po.asset_files import ROOT_VARIABLE, named_by
 from m3po.errors import M3POError, UserError
 
 MODES = ("auto", "embedded", "remote")
@@ -30,9 +31,7 @@ COVERED_TASKS = (
     "Isaac-Humanoid",
     "Isaac-Humanoid-Direct",
 )
-"""Tasks whose every asset is embedded."""
-
-_ROOT_VARIABLE = "ISAACSIM_ASSET_ROOT"
+"""Tasks whose every asset is embedded; of others the files are looked up, which takes some seconds."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ _chosen: AssetChoice | None = None
 
 
 def is_covered(task: str) -> bool:
-    """Whether a task runs on embedded assets alone.
+    """Whether a task is one of those that are known to run on embedded assets alone.
 
     Args:
         task: A task id as a user writes it: ``Isaac-Ant``, ``Isaac-Ant-v0`` or ``package.module:Isaac-Ant``.
@@ -68,8 +67,8 @@ def is_covered(task: str) -> bool:
 def prepare_assets(mode: str, task: str) -> AssetChoice:
     """Choose the assets of this process and set ``ISAACSIM_ASSET_ROOT`` accordingly, before Isaac Lab reads it.
 
-    ``auto`` respects a root the user has set, and otherwise takes the embedded assets for the tasks they cover and the
-    remote root for all others. ``embedded`` and ``remote`` override the environment.
+    ``auto`` respects a root the user has set. Otherwise it takes the embedded assets for tasks whose files they all
+    hold, and the remote root for all others. ``embedded`` and ``remote`` override the environment.
 
     Args:
         mode: One of :data:`MODES`.
@@ -79,26 +78,43 @@ def prepare_assets(mode: str, task: str) -> AssetChoice:
         What was chosen. The caller prints and records it.
 
     Raises:
-        UserError: If the embedded assets are asked for and do not cover the task, or the cache cannot be written.
+        UserError: If the embedded assets are asked for and lack a file of the task, or the cache cannot be written.
         M3POError: If Isaac Lab has already read another root, or newton's assets are not what they were.
     """
     global _chosen
     if mode not in MODES:
         raise UserError(f"unknown assets '{mode}', choose from: {', '.join(MODES)}")
-    current = os.environ.get(_ROOT_VARIABLE)
-    if mode == "auto" and current and Path(current) != cache_folder():
-        choice = AssetChoice("custom", current, f"{_ROOT_VARIABLE} is set")
-    elif mode == "embedded" and not is_covered(task):
-        raise UserError(f"the embedded assets do not cover '{task}', only: {', '.join(COVERED_TASKS)}")
-    elif mode == "remote" or not is_covered(task):
-        why = "as asked" if mode == "remote" else f"the embedded assets do not cover {task}"
-        choice = AssetChoice("remote", None, f"{why}; Isaac Lab downloads from its own asset root")
-    else:
+    current = os.environ.get(ROOT_VARIABLE)
+    if mode == "auto" and current and Path(current).resolve() != cache_folder().resolve():
+        choice = AssetChoice("custom", current, f"{ROOT_VARIABLE} is set")
+    elif mode == "remote":
+        choice = AssetChoice("remote", None, "as asked; Isaac Lab downloads from its own asset root")
+    elif is_covered(task):
         why = "as asked" if mode == "embedded" else f"they cover {task}"
         choice = AssetChoice("embedded", str(build_cache()), f"{why}; made from the newton package")
+    else:
+        choice = _by_files(mode, task, asked=mode == "embedded" or bool(current))
     _apply(choice)
     _chosen = choice
     return choice
+
+
+def _by_files(mode: str, task: str, asked: bool) -> AssetChoice:
+    """The choice for a task that is not known to be covered, by the files that its configuration names."""
+    root = build_cache()
+    files = named_by(task, root)
+    if files is None:  # an unknown task, which is reported where tasks are looked up
+        return AssetChoice("embedded" if asked else "remote", str(root) if asked else None, f"{task} is not known")
+    missing = [name for name in files if not (root / name).is_file()]
+    if asked and missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        known = ", ".join(COVERED_TASKS)
+        raise UserError(f"the embedded assets do not cover '{task}', only: {known}; '{task}' needs {missing[0]}{more}")
+    if asked or (files and not missing):
+        why = f"as asked ({mode})" if asked else f"they hold all {len(files)} files that {task} names"
+        return AssetChoice("embedded", str(root), f"{why}; made from the newton package")
+    lacking = f"they lack {missing[0]}" if missing else f"the configuration of {task} names no files"
+    return AssetChoice("remote", None, f"{lacking}; Isaac Lab downloads from its own asset root")
 
 
 def prepare_for_stock_command() -> AssetChoice | None:
@@ -170,14 +186,14 @@ def _complete(folder: Path) -> bool:
 
 def _apply(choice: AssetChoice) -> None:
     """Set the environment, and refuse where that comes too late."""
-    if os.environ.get(_ROOT_VARIABLE) == choice.root:
+    if os.environ.get(ROOT_VARIABLE) == choice.root:
         return
     if _isaaclab_has_read_the_root():
         raise M3POError("the assets must be chosen before Isaac Lab is imported")
     if choice.root is None:
-        del os.environ[_ROOT_VARIABLE]
+        del os.environ[ROOT_VARIABLE]
     else:
-        os.environ[_ROOT_VARIABLE] = choice.root
+        os.environ[ROOT_VARIABLE] = choice.root
 
 
 def _isaaclab_has_read_the_root() -> bool:
