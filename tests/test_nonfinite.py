@@ -574,3 +574,29 @@ def test_an_exploding_simulation_stops_the_run_with_a_checkpoint(tmp_path, algo)
     assert re.search(r"error: .* of the environments gave values that are not finite .*; saved ", result.stderr)
     (checkpoint,) = Path(tmp_path).glob("logs/*/ant/*/model_last.pt")
     assert torch.load(checkpoint, weights_only=True)["m3po"]["algorithm"] == algo
+
+
+@pytest.mark.parametrize("spoilt", [(), (0,), (0, 1, 2)])
+def test_a_run_that_learnt_nothing_ends_with_an_error(spoilt, tmp_path, monkeypatch):
+    """All steps of the policy skipped: the files are there, and the exit code is not 0."""
+    runner = M3PORunner(PointEnv(8), runner_cfg() | {"algo": "m3po", "task": "toy"}, str(tmp_path), "cpu")
+    learner, iteration = runner.alg.policy_learner, [0]
+    train = learner.train
+
+    def spoil(rollout):
+        step = learner.guard.step
+        if iteration[0] in spoilt:
+            learner.guard.step = lambda loss, weight=1.0: step(loss * torch.nan, weight)
+        iteration[0] += 1
+        try:
+            return train(rollout)
+        finally:
+            learner.guard.step = step
+
+    monkeypatch.setattr(learner, "train", spoil)
+    if len(spoilt) < 3:
+        runner.learn(3)
+    else:
+        with pytest.raises(M3POError, match="nothing was learnt: every gradient step of the policy was skipped"):
+            runner.learn(3)
+    assert (tmp_path / "model_last.pt").exists()

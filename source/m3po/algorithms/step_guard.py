@@ -54,7 +54,13 @@ class StepGuard:
         self._device = optimizer.param_groups[0]["params"][0].device
         self._flag = LateFlag(self._device)
         self._skipped = self._restored = self._in_a_row = 0
+        self._skips = False
         self.forget()
+
+    @property
+    def learnt_nothing(self) -> bool:
+        """Whether steps were skipped and none was taken."""
+        return self._skips and self._good is None
 
     def forget(self) -> None:
         """Drop the last good state, because the networks now hold something else, such as a checkpoint."""
@@ -104,6 +110,7 @@ class StepGuard:
         if not self._flag(bad):
             self._in_a_row, self.scale = 0, min(1.0, self.scale * RECOVERY)
             return False
+        self._skips = True
         self._skipped += 1
         self._in_a_row += 1
         self.scale *= BACK_OFF

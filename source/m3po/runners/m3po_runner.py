@@ -130,6 +130,7 @@ class M3PORunner(CheckpointingRunner):
 
         Raises:
             Stop: After a signal, when everything is saved.
+            M3POError: If no gradient step of the policy was finite, when everything is saved.
             CheckpointError: If the last checkpoint cannot be written; others are tried again.
         """
         if init_at_random_ep_len and not self._episodes_run:
@@ -150,6 +151,7 @@ class M3PORunner(CheckpointingRunner):
             self._iterate(first, first + num_learning_iterations, obs, watch)
             self._collect_evaluations(wait=True)
             self._report_embedding()
+            self._check_learnt()
         finally:
             self.reporter.close()
 
@@ -216,6 +218,11 @@ class M3PORunner(CheckpointingRunner):
         self.alg.process_env_step(obs, rewards, dones, extras)
         statistics.add(rewards, dones, extras)
         return obs
+
+    def _check_learnt(self) -> None:
+        """Say so if the policy did not take a single step."""
+        if any(guard.learnt_nothing for guard in getattr(self.alg, "guards", ()) if guard.label == "policy"):
+            raise M3POError("nothing was learnt: every gradient step of the policy was skipped, as none was finite.")
 
     def _give_up(self) -> None:
         """Stop a run whose environments are mostly in quarantine, with a checkpoint if what is learnt is finite."""
