@@ -40,8 +40,10 @@ def test_both_files_agree_with_torch(runner: M3PORunner, tmp_path: Path) -> None
     expected = runner.alg.actor(obs)[:1].detach()
     torch.testing.assert_close(torch.jit.load(tmp_path / "new" / "folder" / "policy.pt")(obs["policy"])[:1], expected)
     session = onnxruntime.InferenceSession(tmp_path / "new" / "folder" / "policy.onnx")
-    onnx = session.run(None, {"obs": obs["policy"][:1].numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(onnx), expected, atol=1e-5, rtol=0.0)
+    for count in (1, 3, len(obs["policy"])):  # any number of observations at once
+        onnx = session.run(None, {"obs": obs["policy"][:count].numpy()})[0]
+        expected = runner.alg.actor(obs)[:count].detach()
+        torch.testing.assert_close(torch.from_numpy(onnx), expected, atol=1e-5, rtol=0.0)
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])

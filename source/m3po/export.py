@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import numpy as np
 import torch
 from rsl_rl.models import MLPModel
 from rsl_rl.runners import OnPolicyRunner
@@ -151,7 +150,7 @@ def _export(
     script_file, onnx_file = (folder / name for name in FILES)
     vector = vector.cpu()
     torch.jit.script(script.cpu()).save(script_file)
-    _write_onnx(graph.cpu().eval(), vector[:1], onnx_file)
+    _write_onnx(graph.cpu().eval(), vector[:2], onnx_file)
     outputs = {script_file: _run_script(script_file, vector), onnx_file: _run_onnx(onnx_file, vector)}
     differences = {file.name: (actions - expected).abs().max().item() for file, actions in outputs.items()}
     for file, difference in differences.items():
@@ -161,10 +160,10 @@ def _export(
 
 
 def _write_onnx(module: nn.Module, example: torch.Tensor, file: Path) -> None:
-    """Write an ONNX file from ``obs`` (1, O) to ``actions`` (1, A)."""
+    """Write an ONNX file from ``obs`` (n, O) to ``actions`` (n, A), for any n."""
     import onnx
 
-    names = {"input_names": ["obs"], "output_names": ["actions"]}
+    names = {"input_names": ["obs"], "output_names": ["actions"], "dynamic_shapes": ({0: torch.export.Dim("n")},)}
     torch.onnx.export(module, (example,), file, opset_version=18, verbose=False, **names)
     # torch writes the weights to a file of their own: merge them.
     onnx.save(onnx.load(file), file)
@@ -178,9 +177,9 @@ def _run_script(file: Path, vector: torch.Tensor) -> torch.Tensor:
 
 
 def _run_onnx(file: Path, vector: torch.Tensor) -> torch.Tensor:
-    """Actions (n, A) of the ONNX file for observation vectors (n, O); it takes one observation at a time."""
+    """Actions (n, A) of the ONNX file for observation vectors (n, O)."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return torch.from_numpy(np.concatenate([session.run(None, {name: row[None].numpy()})[0] for row in vector]))
+    return torch.from_numpy(session.run(None, {name: vector.numpy()})[0])
