@@ -11,7 +11,7 @@ from m3po.algorithms.hindsight import Judged
 from m3po.algorithms.plan_learning import EXPECTED_KL, LARGEST_SHIFT, NUM_EPOCHS, RATES, _adapted
 from m3po.algorithms.policy_learning import LEAST_PART, LEAST_STD
 from m3po.algorithms.policy_outputs import PolicyOutputs
-from m3po.config import AlgorithmCfg, PlannerCfg
+from m3po.config import AlgorithmCfg
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
 from m3po.errors import UserError
 from m3po.runners import M3PORunner
@@ -223,19 +223,6 @@ def test_plans_are_in_stds_of_the_policy():
     assert len(losses) == NUM_EPOCHS
     assert losses[0] == pytest.approx(0.5 * plans.shift.square().sum(-1).mean().item(), rel=1e-4)
     assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize(("part", "passes"), [(1.0, 16), (0.25, 4), (0.01, 1)])
-def test_short_plans_take_fewer_passes(part, passes):
-    full = PlannerCfg().full_gain
-    alg, plans, _ = planned(part * full)
-    assert plans.length == pytest.approx(part, rel=1e-4)
-    learner, steps = alg.plan_learner, []
-    learner.num_mini_batches = 1
-    step = learner.guard.step
-    learner.guard.step = lambda loss, weight: [steps.append(1), step(loss, weight)]
-    learner.regress(plans, stream())
-    assert len(steps) == passes
 
 
 @pytest.mark.parametrize(("size", "rate"), [(0.3, 1e-2), (0.1, 3e-3), (0.3, 1e-5)])

@@ -27,8 +27,8 @@ LARGEST_SHIFT = 4.0
 """A plan goes no further than this multiple of the root mean square of all plans."""
 
 NUM_EPOCHS = 16
-"""Passes of the policy's regression onto plans of full length, and fewer in proportion onto shorter ones. Few large
-steps move the policy as far, but hardly along the plans."""
+"""Passes of the policy's regression onto the plans. Few large steps move the policy as far, but hardly along the
+plans."""
 
 EXPECTED_KL = 0.5
 """KL that the regression is expected to move the policy by, as a share of the plans'."""
@@ -55,9 +55,6 @@ class Plans:
 
     expected_kl: float
     """KL by which they are expected to move the policy, nats."""
-
-    length: float
-    """Length of those of the task whose plans are longest, as a part of the longest that there are."""
 
 
 class PlanLearner:
@@ -121,8 +118,7 @@ class PlanLearner:
         shift = direction * radius[task].unsqueeze(-1)
         weight = (real & (radius > 0.0)[task]).to(radius.dtype)
         max_kl = 0.5 * radius.square().mean().item()
-        length = radius.max().item() / (2.0 * self.cfg.max_learning_kl) ** 0.5
-        return Plans(obs, shift, weight, EXPECTED_KL * max_kl, length), {"plan/max_kl": max_kl}
+        return Plans(obs, shift, weight, EXPECTED_KL * max_kl), {"plan/max_kl": max_kl}
 
     def _observations(self, st: RolloutStorage, replay: ReplayBuffer) -> tuple[TensorDict, torch.Tensor, torch.Tensor]:
         """Observations to plan at, those of the rollout first, their tasks, and which of their steps took place."""
@@ -161,7 +157,7 @@ class PlanLearner:
         mean, std = (x.detach().clone() for x in self.policy(obs))
         target = mean + std * shift
         self.guard.begin()
-        for _ in range(max(1, round(NUM_EPOCHS * plans.length))):
+        for _ in range(NUM_EPOCHS):
             order = torch.randperm(len(weight), generator=generator, device=weight.device)
             for rows in order.chunk(self.num_mini_batches):
                 off = ((self.actor(obs[rows]) - target[rows]) / std[rows]).square().sum(-1)
