@@ -113,9 +113,10 @@ def unknown_task(name: str) -> UserError:
     names = [known for suite in suites().values() for known in suite.tasks()] + list(named_sets())
     known = {known.lower(): known for known in names}
     wanted = re.sub(r"-v\d+$", "", name.lower())
-    close = difflib.get_close_matches(f"isaac-{wanted}", known, n=1, cutoff=0.9)  # as other libraries name it
-    close += difflib.get_close_matches(wanted, known, n=5, cutoff=0.5)
-    listed = ", ".join(known[match] for match in dict.fromkeys(close))
+    if difflib.get_close_matches(f"isaac-{wanted}", known, n=1, cutoff=0.9):  # as other libraries name it
+        wanted = f"isaac-{wanted}"
+    close = difflib.get_close_matches(wanted, known, n=5, cutoff=0.5)
+    listed = ", ".join(known[match] for match in close)
     return UserError(
         f"unknown task '{name}'. {f'Closest: {listed}.' if listed else 'scripts/list_tasks.py lists all.'}"
     )
