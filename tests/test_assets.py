@@ -258,10 +258,10 @@ def test_a_missing_file_is_named_where_embedded_assets_are_asked_for(monkeypatch
 
 
 def test_the_files_that_a_configuration_names() -> None:
-    nested = types.SimpleNamespace(path="/root/a.usd", other="/elsewhere/b.usd", number=3)
-    tree = {"x": nested, "again": nested, "list": ["/root/c/d.usd", ("/root/e.usd",)], "cls": dict}
+    nested = types.SimpleNamespace(path="/assets/a.usd", other="/elsewhere/b.usd", number=3)
+    tree = {"x": nested, "again": nested, "list": ["/assets/c/d.usd", ("/assets/e.usd",)], "cls": dict}
     tree["itself"] = tree
-    assert sorted(asset_files.below("/root", tree)) == ["a.usd", "c/d.usd", "e.usd"]
+    assert sorted(asset_files.below("/assets", tree)) == ["a.usd", "c/d.usd", "e.usd"]
 
 
 def test_the_files_of_real_tasks() -> None:

@@ -11,23 +11,10 @@ from tensordict import TensorDict
 from toy_env import PointEnv, runner_cfg
 
 from m3po.envs.read_groups import ReadGroups, only_read_groups
+from m3po.presets import suite_runner_cfg
 from m3po.runners import M3PORunner
 
-PPO = {
-    "class_name": "PPO",
-    "num_learning_epochs": 2,
-    "num_mini_batches": 2,
-    "clip_param": 0.2,
-    "gamma": 0.99,
-    "lam": 0.95,
-    "value_loss_coef": 1.0,
-    "entropy_coef": 0.0,
-    "learning_rate": 1e-3,
-    "max_grad_norm": 1.0,
-    "use_clipped_value_loss": True,
-    "schedule": "adaptive",
-    "desired_kl": 0.01,
-}
+PPO = suite_runner_cfg(False, "cpu", "default", "ppo")["algorithm"] | {"class_name": "PPO"}
 
 
 class CameraEnv(PointEnv):

@@ -65,13 +65,12 @@ PPO_SETTINGS = (
 """Fields of rsl_rl's PPO that M3PO does not have."""
 
 
-def ignored_settings(agent_cfg: Any, task_agent_cfg: Any, algo: str) -> list[str]:
+def ignored_settings(agent_cfg: Any, task_agent_cfg: Any) -> list[str]:
     """Settings that somebody has chosen and that have no effect.
 
     Args:
         agent_cfg: Runner configuration that is used.
-        task_agent_cfg: The task's own runner configuration for rsl_rl, which M3PO's is made from.
-        algo: Key of :data:`ALGORITHMS`.
+        task_agent_cfg: The task's own one for rsl_rl, which M3PO's is made from; ``None``: it is used as it is.
 
     Returns:
         Names of the fields that differ from their defaults.
@@ -79,7 +78,7 @@ def ignored_settings(agent_cfg: Any, task_agent_cfg: Any, algo: str) -> list[str
     from isaaclab_rl.rsl_rl import RslRlOnPolicyRunnerCfg, RslRlPpoAlgorithmCfg
 
     places = [(agent_cfg, RslRlOnPolicyRunnerCfg(), RUNNER_SETTINGS, "")]
-    if algo == "m3po":
+    if task_agent_cfg is not None:
         places.append((task_agent_cfg.algorithm, RslRlPpoAlgorithmCfg(), PPO_SETTINGS, "algorithm."))
     return [
         f"{section}{name}"

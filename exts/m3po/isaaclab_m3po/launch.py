@@ -216,8 +216,8 @@ def report(job: Job) -> None:
     steps = job.agent_cfg.num_steps_per_env
     together = f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"[m3po] environments: {job.env_cfg.scene.num_envs}{together}, steps per rollout: {steps}")
-    own = resolve_presets(load_cfg_from_registry(job.task, ALGORITHMS["ppo"]))
-    if ignored := ignored_settings(job.agent_cfg, own, job.algo):
+    own = resolve_presets(load_cfg_from_registry(job.task, ALGORITHMS["ppo"])) if job.algo == "m3po" else None
+    if ignored := ignored_settings(job.agent_cfg, own):
         print(f"[m3po] settings of the agent that have no effect here: {', '.join(ignored)}")
     if job.algo == "m3po":
         mode = ENTRY_POINTS.get(job.agent_entry, job.agent_entry)

@@ -13,7 +13,7 @@ import torch
 from rsl_rl.env import VecEnv
 
 from m3po.cli.arguments import Parser, guarded
-from m3po.envs.suite import as_context, find_task, suites
+from m3po.envs.suite import as_context, find_task, is_known_without_isaac_lab, suites
 from m3po.errors import UserError
 from m3po.runners.flight_recorder import FORMAT, is_sound
 
@@ -136,8 +136,7 @@ def _replay(recording: dict[str, Any], overrides: list[str]) -> None:
     if len(columns) < len(tasks):
         print(f"replaying the environments of {task} only")
     # Isaac Lab must not be imported, not even to look the task up, before make() has chosen its assets.
-    others = any(suite.resolve(task) is not None for suite in suites().values() if suite.name != "isaaclab")
-    suite, name = find_task(task) if others else (suites()["isaaclab"], task)
+    suite, name = find_task(task) if is_known_without_isaac_lab(task) else (suites()["isaaclab"], task)
     options = {"overrides": overrides} if suite.name == "isaaclab" else {}
     made = suite.make(name, len(columns), seed=recording["seed"] or 0, device="cpu", **options)
     with as_context(made) as env:

@@ -23,7 +23,7 @@ from m3po.cli.overrides import assign, parse_value
 from m3po.envs.absent import AbsentEnv
 from m3po.envs.member_process import ProcessMember
 from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
-from m3po.envs.suite import TaskInfo, as_context, expand, find_task, named_sets, suites
+from m3po.envs.suite import TaskInfo, as_context, expand, find_task, is_known_without_isaac_lab, named_sets
 from m3po.errors import UserError
 from m3po.presets import PLAIN_GROUPS, suite_runner_cfg
 from m3po.runners import run_folder
@@ -94,7 +94,7 @@ def handles(argv: Sequence[str]) -> bool:
         return False
     if "," in args.task or args.task in named_sets() or args.multi_task or args.transfer is not None:
         return True
-    return any(suite.resolve(args.task) is not None for suite in suites().values() if suite.name != "isaaclab")
+    return is_known_without_isaac_lab(args.task)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

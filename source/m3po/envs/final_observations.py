@@ -73,7 +73,8 @@ def _memory_of_terms(manager: Any) -> str | None:
 
 def _changed_by(raw: Any, ask: Callable[[], Any]) -> str | None:
     """An attribute of an environment that is another after a second call; ``None`` if asking twice changes nothing."""
-    with torch.random.fork_rng(), torch.inference_mode():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.inference_mode():
         ask()
         before = _memory(raw)
         ask()

@@ -108,6 +108,11 @@ def find_task(name: str) -> tuple[Suite, str]:
     raise unknown_task(name)
 
 
+def is_known_without_isaac_lab(name: str) -> bool:
+    """Whether a suite other than Isaac Lab's knows a task. Isaac Lab's own must be imported to be asked."""
+    return any(suite.resolve(name) is not None for suite in suites().values() if suite.name != "isaaclab")
+
+
 def unknown_task(name: str) -> UserError:
     """The error that names the tasks and sets whose names are closest."""
     names = [known for suite in suites().values() for known in suite.tasks()] + list(named_sets())
