@@ -81,6 +81,21 @@ def test_a_killed_worker_is_reported_once(worker: EvaluationWorker) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_a_killed_worker_can_be_started_anew(worker: EvaluationWorker) -> None:
+    worker.submit("/runs/model.pt", 0)
+    killed = worker._process.pid
+    os.kill(killed, signal.SIGKILL)
+    with pytest.raises(M3POError, match="exit code -9"):
+        worker.wait()
+    worker.restart()
+    assert worker.poll() == []  # what was queued before is gone
+    worker.submit("/runs/model.pt", 1)
+    assert worker._process.pid != killed
+    assert is_running(worker._process.pid)
+    worker.close()
+    assert not is_running(worker._process.pid)
+
+
 def test_a_worker_that_fails_is_reported_with_its_own_words(tmp_path: Path) -> None:
     worker = EvaluationWorker(fake_job(task="Isaac-Cartpool"), tmp_path / "evaluation.log")
     worker.submit("/runs/model.pt", 0)
