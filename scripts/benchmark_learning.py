@@ -87,7 +87,7 @@ def _evaluate(task: str, arm: str, checkpoint: Path, policy: str, episodes: int)
     result = _python([*command, "--device", "cpu", "--output", str(output)])
     if result.returncode != 0:
         return {"crashed": True, "output": result.stdout[-2000:]}
-    values = json.loads(output.read_text(encoding="utf-8"))
+    (values,) = json.loads(output.read_text(encoding="utf-8"))["tasks"].values()
     return {k: values[k] for k in ("return_mean", "return_std", "length_mean", "termination_rate", "num_episodes")}
 
 

@@ -68,21 +68,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @contextlib.contextmanager
 def environment(argv: list[str]) -> Iterator[tuple[VecEnv, dict[str, Any], str]]:
     """The environments and the runner configuration that a training command would have, and the name of its tasks."""
-    from m3po.cli import suite_job, train
-
-    if suite_job.handles(argv):
-        job = suite_job.prepare(train._parser(), argv)
-        with suite_job.environments(job, job.sizes, job.seed) as env:
-            yield env, job.train_cfg, job.args.task
-        return
-    from isaaclab_m3po import launch
     from m3po.cli.arguments import Parser
+    from m3po.cli.job import add_task_arguments
+    from m3po.cli.suite_job import kind_of_job
 
     parser = Parser()
-    launch.add_common_arguments(parser)
-    isaac_job = launch.prepare(launch.parse(parser, argv))
-    with launch.environment(isaac_job) as env:
-        yield env, isaac_job.train_cfg(), isaac_job.task
+    add_task_arguments(parser)
+    job = kind_of_job(argv).read(parser, argv)
+    with job.environments(job.sizes, job.seed) as env:
+        yield env, job.runner_cfg(env), job.train_cfg["task"]
 
 
 def record(path: Path, argv: list[str], iterations: int) -> None:

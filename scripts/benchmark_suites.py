@@ -24,6 +24,7 @@ from pathlib import Path
 from benchmark_arms import CORE, PARTS, TASKS
 from benchmark_runs import ROOT, run_python
 
+from m3po.cli.job import ALGORITHMS
 from m3po.cli.suite_job import AGENTS
 from m3po.presets import suite_runner_cfg
 
@@ -80,17 +81,22 @@ class Arm:
     overrides: tuple[str, ...] = ()
     """Overrides."""
 
-    agent: str = "m3po_cfg_entry_point"
-    """``--agent``."""
+    paper: bool = False
+    """Whether the agent is that of the paper mode."""
 
     longer: int = 1
     """How many times as many environment steps as the experiment says."""
+
+    @property
+    def agent(self) -> str:
+        """``--agent``."""
+        return "m3po_paper_cfg_entry_point" if self.paper else ALGORITHMS[self.algo]
 
 
 NOISE = "agent.actor.distribution_cfg.class_name"
 
 ARMS = {name: Arm("m3po", overrides) for name, overrides in PARTS.items()} | {
-    "m3po-paper": Arm("m3po", agent="m3po_paper_cfg_entry_point"),
+    "m3po-paper": Arm("m3po", paper=True),
     "ppo-core": Arm("m3po", ("agent.num_steps_per_env=16", "agent.algorithm.lam=0.95", *CORE)),
     # what the bonus is to be better than
     "m3po-correlated-noise": Arm(

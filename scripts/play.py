@@ -7,17 +7,7 @@
 
 import sys
 
-from m3po.cli import suite_job
-
-
-def run(argv: list[str]) -> int:
-    """Hand over to the command that knows the tasks."""
-    if suite_job.handles(argv):
-        from m3po.cli.play import run
-    else:
-        from isaaclab_m3po.backends.play_m3po import run
-    return run(argv)
-
+from m3po.cli.play import run
 
 if __name__ == "__main__":
     sys.exit(run(sys.argv[1:]))

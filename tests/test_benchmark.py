@@ -28,11 +28,8 @@ def calls(monkeypatch, tmp_path):
     def fake(arguments):
         calls.append(arguments)
         if "--num_episodes" in arguments:
-            Path(arguments[arguments.index("--output") + 1]).write_text(
-                json.dumps(
-                    {"return_mean": 7.0, "return_std": 0.0, "length_mean": 1, "termination_rate": 0, "num_episodes": 4}
-                )
-            )
+            values = {"return_mean": 7.0, "return_std": 0.0, "length_mean": 1, "termination_rate": 0, "num_episodes": 4}
+            Path(arguments[arguments.index("--output") + 1]).write_text(json.dumps({"tasks": {"Isaac-Ant": values}}))
             return subprocess.CompletedProcess(arguments, 0, "")
         if "13" in arguments:
             return subprocess.CompletedProcess(arguments, 1, "something broke")

@@ -15,7 +15,6 @@ from benchmark_suites import ARMS, GROUPS, Experiment, rollouts, run
 from benchmark_suites_report import ARM_COLOURS, DEFAULTS, STORED, write_report
 
 from m3po.cli import suite_job
-from m3po.cli.arguments import Parser
 
 pytestmark = pytest.mark.unit
 
@@ -160,8 +159,6 @@ def test_every_arm_can_be_started(arm):
 
 def prepared(task, arm):
     """Runner configuration of an arm."""
-    parser = Parser()
-    suite_job.add_common_arguments(parser)
     settings = ARMS[arm]
     options = ["--task", task, "--device", "cpu", "--algo", settings.algo, "--agent", settings.agent]
-    return suite_job.prepare(parser, [*options, *settings.overrides]).train_cfg
+    return suite_job.make_job(*options, *settings.overrides).train_cfg

@@ -149,13 +149,13 @@ def test_tasks_are_dealt_out(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     split = ["--task", "walker-walk,cup-catch,mw-reach", "--distributed", "--split_tasks", "--device", "cpu"]
     for count, sizes in (("--num_envs_per_task", [0, 8, 0]), ("--num_envs", [0, 8, 0])):
-        assert suite_job.prepare(train._parser(), [*split, count, "8"]).sizes == sizes
+        assert suite_job.SuiteJob.read(train._parser(), [*split, count, "8"]).sizes == sizes
     monkeypatch.setenv("RANK", "0")
-    assert suite_job.prepare(train._parser(), [*split, "--num_envs", "7"]).sizes == [4, 0, 3]
+    assert suite_job.SuiteJob.read(train._parser(), [*split, "--num_envs", "7"]).sizes == [4, 0, 3]
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(UserError, match="3 tasks cannot be split over 4 processes"):
-        suite_job.prepare(train._parser(), split)
+        suite_job.SuiteJob.read(train._parser(), split)
 
 
 def test_the_stock_launcher_offers_m3po(run_script):

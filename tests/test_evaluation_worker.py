@@ -14,25 +14,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from isaaclab_m3po.evaluation_worker import EvaluationWorker
+from m3po.cli.evaluate import evaluator
 from m3po.errors import M3POError, UserError
-from m3po.evaluation_process import acting_cfg
+from m3po.evaluation_process import EvaluationProcess, acting_cfg
 
 
 def fake_job(task: str = "Isaac-Cartpole", algo: str = "m3po") -> SimpleNamespace:
     """As much of a training's job as the parent's side reads."""
+    options = {"task": task, "algo": algo, "device": "cpu", "assets": "auto", "num_envs": 64, "seed": 1}
     return SimpleNamespace(
-        algo=algo,
-        arguments=lambda: ["--task", task, "--algo", algo, "--device", "cpu"],
-        env_cfg=SimpleNamespace(scene=SimpleNamespace(num_envs=64)),
-        agent_cfg=SimpleNamespace(seed=1),
-        train_cfg=lambda: {"algorithm": {"world_model": {"steps_per_iteration": 4}} if algo == "m3po" else {}},
+        order=lambda: {"suite": "isaaclab", "options": options, "overrides": []},
+        train_cfg={"algorithm": {"world_model": {"steps_per_iteration": 4}} if algo == "m3po" else {}},
     )
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[EvaluationWorker]:
-    worker = EvaluationWorker(fake_job(), tmp_path / "evaluation.log")
+def worker(tmp_path: Path) -> Iterator[EvaluationProcess]:
+    worker = evaluator(fake_job(), 4, tmp_path / "evaluation.log")
     yield worker
     worker.close()
 
@@ -52,7 +50,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_starts_with_the_first_checkpoint_and_never_blocks(worker: EvaluationWorker) -> None:
+def test_starts_with_the_first_checkpoint_and_never_blocks(worker: EvaluationProcess) -> None:
     assert worker._process is None
     assert worker.poll() == []
     assert worker.wait() == []  # nothing is outstanding
@@ -69,7 +67,7 @@ def test_starts_with_the_first_checkpoint_and_never_blocks(worker: EvaluationWor
     assert worker.poll() == []
 
 
-def test_a_killed_worker_is_reported_once(worker: EvaluationWorker) -> None:
+def test_a_killed_worker_is_reported_once(worker: EvaluationProcess) -> None:
     worker.submit("/runs/model.pt", 0)
     pid = worker._process.pid
     os.kill(pid, signal.SIGKILL)
@@ -81,7 +79,7 @@ def test_a_killed_worker_is_reported_once(worker: EvaluationWorker) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_killed_worker_can_be_started_anew(worker: EvaluationWorker) -> None:
+def test_a_killed_worker_can_be_started_anew(worker: EvaluationProcess) -> None:
     worker.submit("/runs/model.pt", 0)
     killed = worker._process.pid
     os.kill(killed, signal.SIGKILL)
@@ -97,7 +95,7 @@ def test_a_killed_worker_can_be_started_anew(worker: EvaluationWorker) -> None:
 
 
 def test_a_worker_that_fails_is_reported_with_its_own_words(tmp_path: Path) -> None:
-    worker = EvaluationWorker(fake_job(task="Isaac-Cartpool"), tmp_path / "evaluation.log")
+    worker = evaluator(fake_job(task="Isaac-Cartpool"), 4, tmp_path / "evaluation.log")
     worker.submit("/runs/model.pt", 0)
     with pytest.raises(M3POError, match=r"(?s)exit code 2.*unknown task 'Isaac-Cartpool'.*Isaac-Cartpole"):
         worker.wait()
@@ -109,8 +107,8 @@ def test_a_worker_ends_with_its_parent(run_script: Callable, tmp_path: Path) -> 
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_evaluation_worker import EvaluationWorker, fake_job
-worker = EvaluationWorker(fake_job(), Path({str(tmp_path / "evaluation.log")!r}))
+from test_evaluation_worker import evaluator, fake_job
+worker = evaluator(fake_job(), 4, Path({str(tmp_path / "evaluation.log")!r}))
 worker.submit("/runs/model.pt", 0)
 print(worker._process.pid, flush=True)
 os.kill(os.getpid(), 9)
@@ -122,8 +120,8 @@ os.kill(os.getpid(), 9)
 
 def test_too_few_environments_are_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prior and planner needs at least 2 environments, got 1"):
-        EvaluationWorker(fake_job(), tmp_path / "evaluation.log", num_envs=1)
-    EvaluationWorker(fake_job(algo="ppo"), tmp_path / "evaluation.log", num_envs=1)
+        evaluator(fake_job(), 1, tmp_path / "evaluation.log")
+    evaluator(fake_job(algo="ppo"), 1, tmp_path / "evaluation.log")
 
 
 def test_acting_needs_little_memory_and_leaves_the_training_alone() -> None:

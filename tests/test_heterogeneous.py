@@ -333,7 +333,7 @@ isaaclab.app.launch_simulation = lambda *_: contextlib.nullcontext()
 isaaclab.app.validate_launch = lambda *_: (SimpleNamespace(has_ovphysx_physics=False), [])
 common.create_isaaclab_env, common.close_env = create, lambda env: None
 
-from isaaclab_m3po.backends import play_m3po, train_m3po
+from m3po.cli import play as play_m3po, train as train_m3po
 task = ["--task", TASK, "--num_envs", "12", "--device", "cpu", "--log_root", LOGS]
 small = ["agent.num_steps_per_env=8", "agent.actor.hidden_dims=[32]", "agent.algorithm.world_model.batch_size=32"]
 train = [*task, *small, "--max_iterations", "1", "--eval_interval", "0"]

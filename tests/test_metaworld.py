@@ -223,6 +223,15 @@ def test_the_seed_alone_decides():
     assert not torch.equal(first, _trajectory(seed=6, num_envs=3, num_workers=1))
 
 
+def test_a_seed_begins_anew():
+    env = SUITE.make("mw-reach", 4, seed=3, device="cpu", num_workers=2)
+    first = env.get_observations()["policy"].clone()
+    env.reset()
+    env.seed(3)
+    assert torch.equal(env.reset()[0]["policy"], first)
+    env.close()
+
+
 def test_success_is_that_of_the_last_step(warm):
     """Drawer-close is solved by closing the drawer; pushing on keeps it solved. Doing nothing does not solve it."""
     env = SUITE.make("mw-drawer-close", 2, seed=0, device="cpu")

@@ -183,6 +183,8 @@ def test_members_with_two_halves_step_at_the_same_time():
     events = []
 
     class Halves(ToyMember):
+        steps_beside = True
+
         def step_async(self, actions):
             events.append("start")
             self.actions = actions

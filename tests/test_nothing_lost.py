@@ -16,7 +16,7 @@ import torch
 from conftest import REPOSITORY, run_process
 from toy_env import PointEnv, runner_cfg
 
-from m3po.cli.training import train
+from m3po.cli.train import learn
 from m3po.errors import CheckpointError
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import LAST, read_checkpoint, read_newest, write_checkpoint
@@ -48,7 +48,7 @@ def test_a_process_killed_at_random_moments_never_leaves_an_unreadable_checkpoin
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from m3po.cli.training import train
+from m3po.cli.train import learn
 from m3po.stopping import StopSignals
 from test_nothing_lost import make_runner
 folder, resumed = Path(sys.argv[1]), Path(sys.argv[3]) if len(sys.argv) > 3 else None
@@ -58,7 +58,7 @@ with stop.caught():
     runner.cfg["save_interval"] = 10**9
     step = runner.env.step
     runner.env.step = lambda actions: (time.sleep(float(sys.argv[2])), step(actions))[1]
-    sys.exit(train(runner, folder, 100_000, resumed, True))
+    sys.exit(learn(runner, folder, 100_000, resumed, True))
 """
 
 
@@ -129,7 +129,7 @@ def test_a_signal_before_the_first_iteration_has_nothing_to_save(tmp_path, capsy
     stop = StopSignals()
     runner = make_runner(tmp_path, stop)
     runner.learn = lambda *_: (_ for _ in ()).throw(Stop(signal.SIGTERM))
-    assert train(runner, tmp_path, 5, None, False) == SAVED
+    assert learn(runner, tmp_path, 5, None, False) == SAVED
     assert "stopped by SIGTERM; nothing was learnt yet" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from m3po.cli import suite_job, train
+from m3po.cli import suite_job, train, transfer
 from m3po.envs import suite as suites_module
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ def module(monkeypatch, tmp_path) -> ModuleType:
     found = ModuleType("my_suite")
     exec(compile(example(), "my_suite.py", "exec"), vars(found))
     known = suites_module.suites() | {"mine": found.SUITE}
-    for place in (suites_module, suite_job, train):
+    for place in (suites_module, suite_job, transfer):
         monkeypatch.setattr(place, "suites", lambda: known, raising=False)
     monkeypatch.chdir(tmp_path)
     return found

@@ -14,7 +14,6 @@ from toy_env import PointEnv
 
 from m3po.baselines.ppo import PPO, check_ppo_cfg
 from m3po.cli import play, suite_job
-from m3po.cli.arguments import Parser
 from m3po.cli.train import run
 from m3po.envs import suite
 from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
@@ -30,9 +29,7 @@ pytestmark = pytest.mark.unit
 
 
 def make_job(*argv: str) -> suite_job.SuiteJob:
-    parser = Parser()
-    suite_job.add_common_arguments(parser)
-    return suite_job.prepare(parser, [*argv, "--algo", "ppo", "--device", "cpu"])
+    return suite_job.make_job(*argv, "--algo", "ppo", "--device", "cpu")
 
 
 def points(*dims: int, num_envs: int = 8) -> MultiTaskVecEnv:
@@ -90,7 +87,7 @@ def test_the_command_line_asks_for_it():
     assert [job.train_cfg["algorithm"]["desired_kl"] for job in (alone, several)] == [0.03, 0.06]
     assert [job.train_cfg["num_steps_per_env"] for job in (alone, several)] == [16, 16]
     assert policies_of(several.train_cfg) == ("prior",)
-    copy = make_job(*several.arguments())
+    copy = suite_job.from_order(several.order())
     assert copy.train_cfg == several.train_cfg
     multi = make_job("--task", "walker-walk", "--multi_task").train_cfg
     assert (multi["algorithm"]["class_name"], multi["actor"]["embedding_dim"]) == ("m3po.baselines.ppo:PPO", 16)
@@ -225,7 +222,7 @@ def test_learning_improves_every_task():
 def only_points(monkeypatch: pytest.MonkeyPatch) -> None:
     """No other suite than the points."""
     monkeypatch.setattr(suite, "suites", lambda: {"points": PointSuite()})
-    monkeypatch.setattr("m3po.cli.train.suites", suite.suites)
+    monkeypatch.setattr("m3po.cli.transfer.suites", suite.suites)
 
 
 def test_from_training_to_playing_on_the_command_line(only_points, tmp_path, capsys):

@@ -94,7 +94,8 @@ def test_everything_else_is_the_environments_own():
     wrapped.episode_length_buf = torch.tensor([1, 2, 3, 4])
     assert env.episode_length_buf.tolist() == [1, 2, 3, 4]
     assert (wrapped.num_envs, wrapped.max_episode_length) == (4, 20)
-    assert not hasattr(wrapped, "reset_envs")
+    assert wrapped.reset_envs(torch.tensor([0])) is None
     assert hasattr(wrapped, "state_dict")
     env.reset_envs = lambda ids: env.get_observations()
+    wrapped = ReadGroups(env, ["policy"])
     assert set(wrapped.reset_envs(torch.tensor([0])).keys()) == {"policy"}

@@ -118,8 +118,8 @@ def test_attaching_imports_no_task_configuration(facts):
 
 def test_both_backends_are_in_isaac_labs_table(facts):
     assert facts["backends"] == {
-        "train": "isaaclab_m3po.backends.train_m3po",
-        "play": "isaaclab_m3po.backends.play_m3po",
+        "train": "m3po.cli.train",
+        "play": "m3po.cli.play",
     }
 
 

@@ -19,7 +19,9 @@ import torch
 from conftest import REPOSITORY, run_process
 from toy_env import PointEnv, runner_cfg
 
-from m3po.cli import play, playing, train
+from m3po.cli import play, train
+from m3po.cli.suite_job import make_job
+from m3po.cli.trained_agent import trained_agent
 from m3po.errors import CheckpointError
 from m3po.manifest import ENVIRONMENT
 from m3po.runners import M3PORunner
@@ -163,7 +165,8 @@ def test_command_for_isaac_lab_runs_nothing(script: str, ran: Path, run_script: 
 
 def test_evaluation_process_runs_nothing(ran: Path) -> None:
     write_bomb("bad.pt", ran)
-    orders = [{"arguments": [*WALKER, "--algo", "ppo"], "num_envs": 2}, {"checkpoint": "bad.pt"}]
+    job = make_job(*WALKER, "--algo", "ppo")
+    orders = [job.order() | {"num_envs": 2}, {"checkpoint": "bad.pt"}]
     process = subprocess.Popen(
         [sys.executable, "-m", "m3po.cli.evaluate"],
         stdin=subprocess.PIPE,
@@ -191,12 +194,12 @@ def test_checkpoint_does_not_choose_what_is_imported(name: str) -> None:
         for place in places:
             agent = json.dumps(OWN | {place: {"deeper": {field: name}}})
             with pytest.raises(CheckpointError, match=f"names code that this agent does not use: '{name}'"):
-                playing.trained_agent({"m3po": {"agent": agent}}, OWN, [])
+                trained_agent({"m3po": {"agent": agent}}, OWN, [])
 
 
 def test_checkpoint_may_name_what_the_agent_names_and_what_is_rsl_rls() -> None:
     agent = OWN | {"critic": {"class_name": "CNNModel", "distribution_cfg": None}}
-    assert playing.trained_agent({"m3po": {"agent": json.dumps(agent)}}, OWN, []) == agent
+    assert trained_agent({"m3po": {"agent": json.dumps(agent)}}, OWN, []) == agent
 
 
 # -- the sources ------------------------------------------------------------------------------------------------------

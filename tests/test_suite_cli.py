@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from m3po.cli import list_tasks, play, suite_job, train
-from m3po.cli.arguments import Parser
 from m3po.envs.suite import TaskInfo, suites
 from m3po.errors import UserError
 from m3po.runners.checkpoint import FORMAT
@@ -32,9 +31,7 @@ def registered() -> None:
 
 
 def make_job(*argv: str) -> suite_job.SuiteJob:
-    parser = Parser()
-    suite_job.add_common_arguments(parser)
-    return suite_job.prepare(parser, argv)
+    return suite_job.make_job(*argv)
 
 
 # -- a user's mistakes ------------------------------------------------------------------------------------------------
@@ -200,7 +197,7 @@ def test_a_drawn_seed_is_another_one_each_time_and_is_passed_on():
     first, second = (make_job(*TWO, "--seed", "-1") for _ in range(2))
     assert first.seed >= 0
     assert first.seed != second.seed
-    copy = make_job(*first.arguments())
+    copy = suite_job.from_order(json.loads(json.dumps(first.order())))
     assert (copy.seed, copy.sizes, copy.names) == (first.seed, first.sizes, first.names)
     assert copy.train_cfg["algorithm"] == first.train_cfg["algorithm"]
 

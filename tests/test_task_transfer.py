@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from toy_members import ToyMember
 from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.cli import suite_job
 from m3po.cli.arguments import Parser
+from m3po.cli.job import add_task_arguments
+from m3po.cli.suite_job import from_order
 from m3po.cli.train import run
 from m3po.envs import suite
 from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
@@ -366,7 +369,7 @@ class PointSuite:
 def points(monkeypatch: pytest.MonkeyPatch) -> None:
     """No other suite than the points."""
     monkeypatch.setattr(suite, "suites", lambda: {"points": PointSuite()})
-    monkeypatch.setattr("m3po.cli.train.suites", suite.suites)
+    monkeypatch.setattr("m3po.cli.transfer.suites", suite.suites)
 
 
 SMALL = ("--device", "cpu", "--num_envs", "8", "--max_iterations", "1", "--eval_interval", "0")
@@ -419,13 +422,14 @@ def test_mistakes_are_found_before_anything_starts(points, trained, tmp_path, ca
 
 def test_the_process_that_evaluates_builds_the_same_networks(points):
     parser = Parser()
-    suite_job.add_common_arguments(parser)
+    add_task_arguments(parser)
     parser.add_argument("--transfer")
-    job = suite_job.prepare(parser, ["--task", "flat", "--transfer", "some.pt", "--device", "cpu", "--num_envs", "4"])
-    again = suite_job.prepare(parser, job.arguments())
+    options = ["--task", "flat", "--device", "cpu", "--num_envs", "4"]
+    job = suite_job.SuiteJob.read(parser, [*options, "--transfer", "some.pt"])
+    again = from_order(json.loads(json.dumps(job.order())))
     assert again.multi_task
     assert again.train_cfg == job.train_cfg
-    plain = suite_job.prepare(parser, ["--task", "flat", "--device", "cpu", "--num_envs", "4"])
+    plain = suite_job.make_job(*options)
     assert not plain.multi_task
 
 

@@ -21,7 +21,7 @@ from m3po.runners.checkpoint import FORMAT
 # a process can choose its assets only once, and none of these lines gets as far as loading any.
 ASK = """
 import contextlib, io, json, sys
-from isaaclab_m3po.backends.train_m3po import run
+from m3po.cli.train import run
 
 answers = []
 for argv in json.loads(sys.argv[1]):
@@ -151,21 +151,21 @@ def test_mistake_on_a_real_command_line(command):
 
 PREPARE = """
 import json, sys
-from isaaclab_m3po import launch
-from m3po.cli import arguments
+from isaaclab_m3po.launch import IsaacJob
+from m3po.cli import arguments, job as jobs_module
+from m3po.cli.suite_job import from_order
 
 jobs = []
 for argv in json.loads(sys.argv[1]):
     parser = arguments.Parser()
-    launch.add_common_arguments(parser)
-    job = launch.prepare(launch.parse(parser, argv))
-    again = arguments.Parser()
-    launch.add_common_arguments(again)
-    copy = launch.prepare(launch.parse(again, job.arguments()))
-    assert copy.agent_cfg.to_dict() | {"seed": 0} == job.agent_cfg.to_dict() | {"seed": 0}
+    jobs_module.add_task_arguments(parser)
+    job = IsaacJob.read(parser, argv)
+    copy = from_order(json.loads(json.dumps(job.order())))
+    assert copy.train_cfg == job.train_cfg
+    assert copy.env_cfg.to_dict() == job.env_cfg.to_dict()
     jobs.append({
-        "num_envs": job.env_cfg.scene.num_envs, "seed": job.agent_cfg.seed, "env_seed": job.env_cfg.seed,
-        "devices": [job.device, job.agent_cfg.device, job.env_cfg.sim.device], "agent": job.train_cfg(),
+        "num_envs": job.env_cfg.scene.num_envs, "seed": job.seed, "env_seed": job.env_cfg.seed,
+        "devices": [job.device, job.agent_cfg.device, job.env_cfg.sim.device], "agent": job.train_cfg,
     })
 print(json.dumps(jobs, default=str))
 """
@@ -281,7 +281,7 @@ def test_manifest_records_the_run(runs):
     assert manifest["agent"] == "m3po_cfg_entry_point"
     assert manifest["seed"] == 3
     assert manifest["device"] == "cpu"
-    assert manifest["num_envs"] == 16
+    assert (manifest["tasks"], manifest["num_envs"]) == (["Isaac-Cartpole"], [16])
     assert manifest["physics"] == {"config": "NewtonCfg", "solver": "MJWarpSolverCfg"}
     assert manifest["assets"]["mode"] == "embedded"
     assert manifest["versions"]["isaaclab"] == "3.0.0"

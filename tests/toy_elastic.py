@@ -14,7 +14,7 @@ import torch
 from toy_env import PointEnv, runner_cfg
 
 from m3po import distributed
-from m3po.cli.training import train
+from m3po.cli.train import learn
 from m3po.elastic import Launch
 from m3po.runners import M3PORunner
 
@@ -56,7 +56,7 @@ def main(folder: str, victim: str, iteration: str) -> None:
             ),
             begin(*args),
         )
-        train(runner, launch.run_dir, ITERATIONS, launch.checkpoint, False)
+        learn(runner, launch.run_dir, ITERATIONS, launch.checkpoint, False)
         launch.finish()
 
 

@@ -15,6 +15,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.interface import as_m3po_env
 from m3po.envs.logs import number
 from m3po.errors import UserError
 
@@ -63,6 +64,7 @@ def evaluate_policies(
     """
     if num_episodes < 1:
         raise UserError(f"The number of episodes must be at least 1, got {num_episodes}.")
+    env = as_m3po_env(env)
     parts = _split(env, len(policies))
     tally = _Tally(env, parts, num_episodes)
     max_steps = tally.num_slots * (int(torch.as_tensor(env.max_episode_length).max()) + 1)
@@ -96,7 +98,7 @@ def evaluate_policies(
 def _summary(env: VecEnv, tally: _Tally, part: torch.Tensor) -> dict:
     """Statistics of the environments of ``part``, and of each of several tasks among them."""
     result = tally.summary(part)
-    if getattr(env, "num_tasks", 1) == 1:
+    if env.num_tasks == 1:
         return result
     result["tasks"] = {}
     for k, (name, score_range) in enumerate(zip(env.task_names, env.score_ranges, strict=True)):
@@ -141,7 +143,7 @@ class _Tally:
         self._time_limit = torch.as_tensor(env.max_episode_length, device=device)
         self._rows = torch.arange(env.num_envs, device=device)
         # A single task's log has no prefix.
-        several = getattr(env, "num_tasks", 1) > 1
+        several = env.num_tasks > 1
         self._prefixes = [f"{name}/" for name in env.task_names] if several else [""]
         self._rows_of_tasks = _rows_of_tasks(env)
         self._success_keys: dict[int, str] = {}
@@ -260,7 +262,7 @@ def is_success_rate(key: str) -> bool:
 
 def _rows_of_tasks(env: VecEnv) -> list[torch.Tensor]:
     """Environments of each task."""
-    if getattr(env, "num_tasks", 1) == 1:
+    if env.num_tasks == 1:
         return [torch.arange(env.num_envs, device=env.device)]
     return [(env.task_ids == k).nonzero().squeeze(-1) for k in range(env.num_tasks)]
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+from m3po.cli.job import ALGORITHMS
 from m3po.errors import UserError
-
-ALGORITHMS = {"m3po": "m3po_cfg_entry_point", "ppo": "rsl_rl_cfg_entry_point"}
-"""Algorithm -> its default agent entry point."""
 
 
 def choose_agent(task: str, algo: str, requested: str | None) -> str:

@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import torch
-from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.interface import M3POEnv
 from m3po.envs.multi_task import task_discount
 from m3po.errors import M3POError, UserError
 
 if TYPE_CHECKING:
     from isaaclab.envs import ManagerBasedRLEnv
     from isaaclab_rl.rsl_rl import RslRlMLPModelCfg, RslRlVecEnvWrapper
+
+    from .vec_env import IsaacVecEnv
 
 PACKAGE = "isaaclab_tasks.contrib.multitask_manipulation."
 """Isaac Lab's package whose tasks are such scenes."""
@@ -147,7 +149,7 @@ def __getattr__(name: str) -> Callable[[], Any]:
 # -- the environment --------------------------------------------------------------------------------------------------
 
 
-def per_task(env: RslRlVecEnvWrapper, task: str) -> VecEnv:
+def per_task(env: IsaacVecEnv, task: str) -> M3POEnv:
     """Present a heterogeneous scene as its tasks, and say so; other environments stay as they are.
 
     Args:
@@ -164,7 +166,7 @@ def per_task(env: RslRlVecEnvWrapper, task: str) -> VecEnv:
     return tasks
 
 
-class HeterogeneousVecEnv(VecEnv):
+class HeterogeneousVecEnv(M3POEnv):
     """A heterogeneous scene with the attributes of a :class:`~m3po.envs.multi_task.MultiTaskVecEnv`.
 
     Rows of a task need not be neighbours. They keep their task for good: it is the robot that stands there. All rows of

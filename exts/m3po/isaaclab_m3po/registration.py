@@ -20,8 +20,8 @@ ENTRY_POINTS = {"m3po_cfg_entry_point": "default", "m3po_paper_cfg_entry_point":
 """Key in a task's specification -> mode."""
 
 BACKENDS = {
-    "train": "isaaclab_m3po.backends.train_m3po",
-    "play": "isaaclab_m3po.backends.play_m3po",
+    "train": "m3po.cli.train",
+    "play": "m3po.cli.play",
 }
 """Command of Isaac Lab -> module with ``run(argv)``."""
 

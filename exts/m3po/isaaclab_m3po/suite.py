@@ -9,7 +9,7 @@ from typing import Any
 
 from rsl_rl.env import VecEnv
 
-from m3po.cli.arguments import Parser
+from m3po.cli.job import Job
 from m3po.envs.final_observations import ask_for_final_observations
 from m3po.envs.suite import TaskInfo
 from m3po.errors import UserError
@@ -55,6 +55,12 @@ class IsaacLabSuite:
         agent = resolve_presets(load_cfg_from_registry(task, "rsl_rl_cfg_entry_point"))
         return TaskInfo(task, None, None, steps, init_std=first_noise(agent), ppo_std=ppo_noise(agent))
 
+    def job(self) -> type[Job]:
+        """What a command line for a single task becomes."""
+        from .launch import IsaacJob
+
+        return IsaacJob
+
     @contextlib.contextmanager
     def make(
         self, task: str, num_envs: int, *, seed: int, device: str, overrides: Sequence[str] = (), **options: Any
@@ -69,17 +75,11 @@ class IsaacLabSuite:
             overrides: Overrides of the environment's configuration, as typed: ``env.FIELD=VALUE``.
             **options: ``assets``: where the robots come from, as ``--assets``.
         """
-        from . import launch
-
-        parser = Parser()
-        launch.add_common_arguments(parser)
-        choices = {"--task": task, "--num_envs": num_envs, "--seed": seed, "--device": device}
-        choices |= {f"--{name}": value for name, value in options.items()}
-        argv = [str(part) for choice in choices.items() for part in choice]
-        job = launch.prepare(launch.parse(parser, [*argv, *overrides]))
-        with launch.environment(job) as env:
+        here = {"task": task, "num_envs": num_envs, "seed": seed, "device": device}
+        job = self.job().recreate({"assets": "auto"} | here | options, list(overrides))
+        with job.environments([num_envs], seed) as env:
             ask_for_final_observations(env)
-            if getattr(env, "num_tasks", 1) > 1:
+            if env.num_tasks > 1:
                 raise UserError(f"'{task}' is a scene of several tasks already; train it alone.")
             yield env
 

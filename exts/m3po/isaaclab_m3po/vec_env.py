@@ -10,9 +10,10 @@ from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
 from tensordict import TensorDict
 
 from m3po.envs.final_observations import memory_of
+from m3po.envs.interface import M3POEnv
 
 
-class IsaacVecEnv(RslRlVecEnvWrapper):
+class IsaacVecEnv(RslRlVecEnvWrapper, M3POEnv):
     """A wrapper whose curricula go on when a run is resumed, and whose environments can be reset one by one.
 
     The episodes themselves do not: Isaac Lab tells poses and velocities, but not what solvers, managers and commands
@@ -56,14 +57,14 @@ class IsaacVecEnv(RslRlVecEnvWrapper):
             self.reset()
         return False
 
-    def reset_envs(self, ids: torch.Tensor) -> TensorDict:
+    def reset_envs(self, ids: torch.Tensor) -> TensorDict | None:
         """Start new episodes in some environments, (n,), int64; returns the observations of all.
 
         Observations with a memory show zeros until the next step.
         """
         env = self.unwrapped
         if hasattr(env, "env"):  # a multi-agent environment seen as one of a single agent
-            return self.get_observations()
+            return None
         log = env.extras.get("log")
         env._reset_idx(ids.to(env.device, torch.int32))
         env.extras["log"] = log or {}  # the episodes that end here are not to be counted, and hold what is not finite

@@ -8,12 +8,12 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m3po.errors import M3POError, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
 
 SIZE = (1280, 720)
@@ -75,55 +75,43 @@ def add_camera(env_cfg: Any) -> None:
         env_cfg.sim.physics.load_visual_shapes = True
 
 
-class VideoWriter:
-    """Writes the first frames of a run to an mp4 file, following the robot of environment 0.
+class RobotCamera:
+    """Films the robot of environment 0; a :class:`m3po.cli.film.Camera`."""
 
-    Use it as a context manager and call :meth:`capture` after every step.
-    """
+    size = SIZE
 
-    def __init__(self, env: RslRlVecEnvWrapper, path: Path, num_frames: int) -> None:
-        """Open the file.
+    def __init__(self, env: RslRlVecEnvWrapper) -> None:
+        """Find the viewer.
 
         Args:
             env: An environment made from a configuration that :func:`add_camera` has seen.
-            path: The mp4 file; missing folders are created.
-            num_frames: Frames to record, one per environment step; later calls of :meth:`capture` do nothing.
-        """
-        import imageio_ffmpeg
 
-        self.path = path
-        self.num_frames = num_frames
-        self.count = 0
-        """Frames written so far."""
+        Raises:
+            M3POError: If the simulation has no such viewer.
+        """
         env = env.unwrapped
+        self.frames_per_second = 1.0 / env.step_dt
         self._sim = env.sim
         self._viewer = next((v for v in env.sim.visualizers if hasattr(v, "render_rgb_array")), None)
         if self._viewer is None:
             raise M3POError("The simulation started without the off-screen viewer; nothing can be recorded.")
         self._robot = next(iter(env.scene.articulations.values()), None)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = imageio_ffmpeg.write_frames(str(path), SIZE, fps=1.0 / env.step_dt, quality=7)
-        self._file.send(None)
 
-    def capture(self) -> None:
-        """Render the present state as one frame."""
-        if self.count >= self.num_frames:
-            return
+    def frame(self) -> np.ndarray:
+        """The present state."""
         if self._robot is not None:
             target = self._robot.data.root_pos_w.torch[0].tolist()
             self._viewer.set_camera_view([t + o for t, o in zip(target, CAMERA_OFFSET, strict=True)], target)
         if not self._sim.is_rendering:
             self._sim.forward()  # brings the poses of the links up to date
-        self._file.send(self._viewer.render_rgb_array().tobytes())
-        self.count += 1
+        return self._viewer.render_rgb_array()
 
-    def __enter__(self) -> VideoWriter:
+    def __enter__(self) -> RobotCamera:
         """Return self."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Finish the file."""
-        self._file.close()
+        """Nothing is open."""
 
 
 def _as_list(value: Any) -> list:

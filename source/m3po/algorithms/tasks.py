@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from rsl_rl.env import VecEnv
 
+from m3po.envs.interface import as_m3po_env
+
 
 @dataclass
 class Tasks:
@@ -47,7 +49,8 @@ class Tasks:
             gamma: Discount of a single task; several tasks bring their own.
             device: Torch device.
         """
-        if not hasattr(env, "task_ids"):
+        env = as_m3po_env(env)
+        if env.task_ids is None:
             return cls.single(env.num_envs, env.num_actions, gamma, device)
         discounts = env.discounts.to(device) if env.num_tasks > 1 else torch.tensor([gamma], device=device)
         masks = env.action_masks.to(device)

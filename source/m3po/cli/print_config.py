@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from m3po.cli.job import Job
+
 OPTIONS = ("--print_config", "--print-config")
 
 
@@ -27,25 +29,20 @@ def kept_apart(argv: Sequence[str]) -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext()
 
 
-def show(
-    args: argparse.Namespace, agent_entry: str, device: str, num_envs: Mapping[str, int], agent: Any, env: Any = None
-) -> int:
-    """Print a configuration; the paths below ``agent`` and ``env`` are those of overrides.
+def show(job: Job, agent: dict[str, Any]) -> int:
+    """Print a job's configuration; the paths below ``agent`` and ``env`` are those of overrides.
 
     Args:
-        args: Options, ``algo`` among them.
-        agent_entry: Entry point of the agent's configuration.
-        device: Torch device.
-        num_envs: Environments by name of the task.
-        agent: Runner configuration.
-        env: Configuration of the environment, where it can be overridden: that of a single Isaac Lab task.
+        job: The checked request.
+        agent: Its runner's configuration.
 
     Returns:
         Exit code 0.
     """
-    head = {"tasks": list(num_envs), "num_envs": num_envs, "algo": args.algo, "agent_entry": agent_entry}
-    body = {"device": device, "agent": agent} | ({} if env is None else {"env": env})
-    print(yaml.safe_dump(plain(head | body), sort_keys=False), end="")
+    num_envs = dict(zip(job.names, job.sizes, strict=True))
+    head = {"tasks": job.names, "num_envs": num_envs, "algo": job.algo, "agent_entry": job.agent}
+    env = job.about().get("configuration", {})  # where the environment can be overridden
+    print(yaml.safe_dump(plain(head | {"device": job.device, "agent": agent} | env), sort_keys=False), end="")
     return 0
 
 

@@ -163,9 +163,7 @@ def replay(env: VecEnv, steps: dict[str, torch.Tensor]) -> list[str]:
     with torch.inference_mode():
         env.reset()
         state = {name.removeprefix("state/"): value[0] for name, value in steps.items() if name.startswith("state/")}
-        restored = bool(state) and hasattr(env, "set_state")
-        if restored:
-            env.set_state(state)
+        restored = bool(state) and env.set_state(state) is not None
         lines = [f"replaying {len(steps['actions'])} steps from {'the recorded state' if restored else 'a reset'}"]
         actions = steps["actions"][..., : env.num_actions]
         for index, action in enumerate(actions):

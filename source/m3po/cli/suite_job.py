@@ -1,83 +1,47 @@
-"""From a command line to the environments of one or several tasks of any suite."""
+"""Jobs of one or several tasks of any suite."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from rsl_rl.env import VecEnv
 
 from m3po import distributed
 from m3po.algorithms.construction import check_cfg
 from m3po.baselines.ppo import check_ppo_cfg
-from m3po.cli.arguments import any_seed, at_least, check_device, drawn
+from m3po.cli import film
+from m3po.cli.arguments import Parser, check_device, drawn
+from m3po.cli.job import ALGORITHMS, Hook, Job, add_task_arguments
 from m3po.cli.overrides import assign, parse_value
 from m3po.envs.absent import AbsentEnv
+from m3po.envs.interface import M3POEnv, as_m3po_env
 from m3po.envs.member_process import ProcessMember
 from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
-from m3po.envs.suite import TaskInfo, as_context, expand, find_task, is_known_without_isaac_lab, named_sets
+from m3po.envs.suite import (
+    TaskInfo,
+    as_context,
+    expand,
+    find_task,
+    is_known_without_isaac_lab,
+    named_sets,
+    suites,
+)
 from m3po.errors import UserError
 from m3po.presets import PLAIN_GROUPS, suite_runner_cfg
-from m3po.runners import run_folder
-from m3po.runners.checkpoint import SELECTORS, check_compatible, read_checkpoint
 
-AGENTS = {"m3po_cfg_entry_point": "default", "m3po_paper_cfg_entry_point": "paper"}
+AGENTS = {"m3po_cfg_entry_point": "default", "m3po_paper_cfg_entry_point": "paper", ALGORITHMS["ppo"]: "default"}
 """Agent, named as for a single Isaac Lab task -> mode of the preset."""
 
 NUM_ENVS = {"cpu": 64, "cuda": 1024}
 """Environments of a task by type of device, unless the command line says otherwise."""
-
-
-@dataclass
-class SuiteJob:
-    """A checked request: which tasks run, and how."""
-
-    args: argparse.Namespace
-    """Options."""
-
-    overrides: list[str]
-    """Overrides as typed; already applied to :attr:`train_cfg`."""
-
-    infos: list[TaskInfo]
-    """The tasks."""
-
-    sizes: list[int]
-    """Environments of each task in this process."""
-
-    device: str
-    """Torch device of agent and environments."""
-
-    seed: int
-    """Seed of everything random."""
-
-    multi_task: bool
-    """Whether agent and environments are those of several tasks, even where there is one."""
-
-    train_cfg: dict[str, Any]
-    """Runner configuration."""
-
-    def arguments(self) -> list[str]:
-        """Options that recreate this job in another process."""
-        args = self.args
-        num_envs = max(sum(self.sizes), len(self.sizes))  # that process has all tasks
-        options = {"--task": args.task, "--algo": args.algo, "--agent": args.agent, "--num_envs": num_envs}
-        options |= {"--seed": self.seed, "--device": self.device, "--assets": args.assets}
-        options["--processes"] = args.processes
-        flags = ["--multi_task"] if self.multi_task else []
-        return [str(part) for option in options.items() for part in option] + flags + self.overrides
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the tasks."""
-        return [info.name for info in self.infos]
 
 
 def handles(argv: Sequence[str]) -> bool:
@@ -97,82 +61,148 @@ def handles(argv: Sequence[str]) -> bool:
     return is_known_without_isaac_lab(args.task)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and playing share."""
-    parser.add_argument("--task", required=True, help="Tasks and task sets, separated by commas.")
-    parser.add_argument("--algo", choices=("m3po", "ppo"), default="m3po", help="m3po, or rsl_rl's own PPO.")
-    parser.add_argument("--agent", choices=list(AGENTS), default=next(iter(AGENTS)), help="Default or paper mode.")
-    count = parser.add_mutually_exclusive_group()
-    count.add_argument("--num_envs", type=at_least(1), help="Environments in total, split evenly over the tasks.")
-    count.add_argument("--num_envs_per_task", type=at_least(1), help="Environments of each task.")
-    parser.add_argument("--seed", type=any_seed, default=0, help="Seed of everything random; -1 draws one.")
-    parser.add_argument("--device", help="Torch device of agent and environments (default: CUDA where available).")
-    parser.add_argument(
-        "--assets",
-        choices=("auto", "embedded", "remote"),
-        default="auto",
-        help="Where the robots of Isaac Lab's tasks come from.",
-    )
-    parser.add_argument("--log_root", default="logs", help="Folder that receives the run folders.")
-    parser.add_argument("--experiment_name", help="Folder of related runs below <log_root>/<algo>.")
-    parser.add_argument("--headless", action="store_true", help="Accepted and ignored: no window opens.")
-    parser.add_argument(
-        "--multi_task",
-        "--multi-task",
-        action="store_true",
-        help="Give a single task the networks of several, from which others can start (--transfer implies it).",
-    )
-    parser.add_argument(
-        "--processes",
-        choices=("auto", "all", "none"),
-        default="auto",
-        help="Tasks with a process of their own: those that need one, all, or none.",
-    )
+def kind_of_job(argv: Sequence[str]) -> type[Job]:
+    """The kind of job that a command line asks for."""
+    return SuiteJob if handles(argv) else suites()["isaaclab"].job()
 
 
-def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> SuiteJob:
-    """Check a command line; nothing is started.
+def from_order(order: dict[str, Any]) -> Job:
+    """The job that :meth:`Job.order` has described."""
+    kind = SuiteJob if order["suite"] is None else suites()[order["suite"]].job()
+    return kind.recreate(order["options"], order["overrides"])
 
-    Args:
-        parser: Parser with :func:`add_common_arguments` and the command's own options.
-        argv: Arguments without the program's name.
 
-    Raises:
-        UserError: For everything that cannot run as asked.
-    """
-    args, rest = parser.parse_known_args(list(argv))
-    for token in rest:
-        if not token.startswith("agent.") or "=" not in token:
-            raise UserError(
-                f"'{token}' is neither an option (see --help) nor an override agent.FIELD=VALUE"
-                + (", and env.* is for a single Isaac Lab task." if token.startswith("env.") else ".")
-            )
-    if args.algo == "ppo" and AGENTS[args.agent] != "default":
-        raise UserError(f"agent '{args.agent}' is not one of algorithm 'ppo'; leave out --agent.")
-    names = expand(args.task)
-    found = [find_task(name) for name in names]
-    infos = [suite.info(task) for suite, task in found]
-    needy = [name for name, (suite, _) in zip(names, found, strict=True) if suite.own_process]
-    if args.processes == "none" and needy:
-        raise UserError(f"{', '.join(needy)} cannot share a process; --processes auto gives each its own.")
-    device = check_device(args.device, present=not getattr(args, "print_config", False))
-    if getattr(args, "in_group", False):
-        device = distributed.local_device(device)
-    sizes = _sizes(args, names, device)
-    multi_task = args.multi_task or len(infos) > 1 or getattr(args, "transfer", None) is not None
-    train_cfg = _train_cfg(args, infos, multi_task, device, args.seed)
-    for token in rest:
-        key, text = token.split("=", 1)
-        assign(train_cfg, key.removeprefix("agent."), parse_value(text), "agent")
-    train_cfg["seed"] = drawn(train_cfg["seed"])
-    num_steps, share = train_cfg["num_steps_per_env"], train_cfg["quarantine_share"]
-    if args.algo == "ppo":
-        check_ppo_cfg(train_cfg["algorithm"], sum(sizes), num_steps, share)
-        train_cfg["algorithm"]["class_name"] = "m3po.baselines.ppo:PPO" if multi_task else "PPO"
-    else:
-        check_cfg(train_cfg["algorithm"], sum(sizes), num_steps, device, share=share)
-        train_cfg["algorithm"] = dataclasses.asdict(train_cfg["algorithm"]) | {"class_name": "m3po.algorithms:M3PO"}
-    return SuiteJob(args, rest, infos, sizes, device, train_cfg["seed"], multi_task, train_cfg)
+class SuiteJob(Job):
+    """A request for anything but one Isaac Lab task alone."""
+
+    play_envs = 10
+    versions = ("dm-control", "metaworld", "mujoco-warp")
+
+    @classmethod
+    def read(cls, parser: argparse.ArgumentParser, argv: Sequence[str], play: bool = False) -> Self:
+        """See :meth:`Job.read`."""
+        parser.add_argument("--device", help="Torch device of agent and environments (default: CUDA where available).")
+        if play:
+            parser.set_defaults(num_envs_per_task=cls.play_envs)
+        return cls._checked(*parser.parse_known_args(list(argv)))
+
+    @classmethod
+    def recreate(cls, options: dict[str, Any], overrides: list[str]) -> Self:
+        """See :meth:`Job.recreate`."""
+        return cls._checked(argparse.Namespace(num_envs_per_task=None, **options), overrides)
+
+    @classmethod
+    def _checked(cls, args: argparse.Namespace, overrides: list[str]) -> Self:
+        """Check what was asked for."""
+        for token in overrides:
+            if not token.startswith("agent.") or "=" not in token:
+                raise UserError(
+                    f"'{token}' is neither an option (see --help) nor an override agent.FIELD=VALUE"
+                    + (", and env.* is for a single Isaac Lab task." if token.startswith("env.") else ".")
+                )
+        agent = _agent(args)
+        names = expand(args.task)
+        found = [find_task(name) for name in names]
+        infos = [suite.info(task) for suite, task in found]
+        needy = [name for name, (suite, _) in zip(names, found, strict=True) if suite.own_process]
+        if args.processes == "none" and needy:
+            raise UserError(f"{', '.join(needy)} cannot share a process; --processes auto gives each its own.")
+        device = check_device(args.device, present=not getattr(args, "print_config", False))
+        if getattr(args, "in_group", False):
+            device = distributed.local_device(device)
+        sizes = _sizes(args, names, device)
+        multi_task = args.multi_task or len(infos) > 1 or getattr(args, "transfer", None) is not None
+        train_cfg = _train_cfg(args, infos, multi_task, device, AGENTS[agent])
+        for token in overrides:
+            key, text = token.split("=", 1)
+            assign(train_cfg, key.removeprefix("agent."), parse_value(text), "agent")
+        train_cfg["seed"] = drawn(train_cfg["seed"])
+        num_steps, share = train_cfg["num_steps_per_env"], train_cfg["quarantine_share"]
+        if args.algo == "ppo":
+            check_ppo_cfg(train_cfg["algorithm"], sum(sizes), num_steps, share)
+            train_cfg["algorithm"]["class_name"] = "m3po.baselines.ppo:PPO" if multi_task else "PPO"
+        else:
+            check_cfg(train_cfg["algorithm"], sum(sizes), num_steps, device, share=share)
+            train_cfg["algorithm"] = dataclasses.asdict(train_cfg["algorithm"]) | {"class_name": "m3po.algorithms:M3PO"}
+        return cls(args, overrides, infos, sizes, device, agent, AGENTS[agent], multi_task, train_cfg)
+
+    @contextlib.contextmanager
+    def environments(
+        self, sizes: list[int], seed: int, log_dir: Path | None = None, restart: bool = False
+    ) -> Iterator[M3POEnv]:
+        """Create the environments, those of a task in a process of its own where that is needed or asked for.
+
+        Where a task has none in this process, the others tell its sizes. See :meth:`Job.environments`.
+
+        Yields:
+            A ``MultiTaskVecEnv``, or the task's own environments where the job is not ``multi_task``.
+        """
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        with contextlib.ExitStack() as stack:
+            members: list[Member] = []
+            for k, (info, size) in enumerate(zip(self.infos, sizes, strict=True)):
+                if size == 0:
+                    continue
+                suite, task = find_task(info.name)
+                if self.args.processes == "all" or (suite.own_process and self.args.processes == "auto"):
+                    options = {"suite": suite.name, "task": task, "num_envs": size, "device": self.device}
+                    if suite.name == "isaaclab":
+                        options["assets"] = self.args.assets
+                    log = None if log_dir is None else log_dir / f"member_{info.name}.log"
+                    env: VecEnv = ProcessMember(task, "m3po.envs.suite:make_environments", options, seed + k, log)
+                    stack.callback(env.close)
+                else:
+                    env = stack.enter_context(as_context(suite.make(task, size, seed=seed + k, device=self.device)))
+                    _check_environments(env, info.name)
+                members.append(Member(info.name, env, info.score_range, info.reports_success))
+            if not self.multi_task:
+                yield env.connect() if isinstance(env, ProcessMember) else as_m3po_env(env)
+                return
+            batch = MultiTaskVecEnv(with_absent(members, self.infos, self.device), self.device, restart)
+            stack.callback(batch.close)  # first, because it tells all processes to stop at once
+            yield batch
+
+    def runner_cfg(self, env: VecEnv) -> dict[str, Any]:
+        """The configuration, whose critic reads what the environments offer it."""
+        return with_groups(super().runner_cfg(env), env)
+
+    def require_video(self) -> None:
+        """See :meth:`Job.require_video`."""
+        for name in self.names:
+            suite, _ = find_task(name)
+            if not hasattr(suite, "camera"):
+                able = ", ".join(suite.name for suite in suites().values() if hasattr(suite, "camera"))
+                raise UserError(f"--video cannot film task '{name}': of the suites, only these have a camera: {able}.")
+        if self.args.processes == "all":
+            raise UserError("--video films tasks in this process; leave out --processes all.")
+
+    def films(self, env: VecEnv, path: Path) -> Iterable[contextlib.AbstractContextManager[Hook]]:
+        """See :meth:`Job.films`."""
+        batches = [member.env for member in env.members] if self.multi_task else [env]
+        for info, batch in zip(self.infos, batches, strict=True):
+            suite, _ = find_task(info.name)
+            file = path.with_stem(f"{path.stem}_{info.name}") if len(batches) > 1 else path
+            # The state after the last step of an episode is the first of the next one.
+            yield film.recorded(suite.camera(batch), file, self.args.video_length or info.episode_length - 1)
+
+
+def make_job(*argv: str) -> SuiteJob:
+    """The job of a command line that has no other options than those of all commands."""
+    parser = Parser()
+    add_task_arguments(parser)
+    return SuiteJob.read(parser, argv)
+
+
+def _agent(args: argparse.Namespace) -> str:
+    """Name of the agent, one of the algorithm."""
+    agent = args.agent or ALGORITHMS[args.algo]
+    own = [name for name in AGENTS if (name == ALGORITHMS["ppo"]) == (args.algo == "ppo")]
+    if agent not in own:
+        listed = ", ".join(f"'{name}'" for name in own)
+        raise UserError(f"agent '{agent}' is not one of algorithm '{args.algo}': choose from {listed}.")
+    return agent
 
 
 def _sizes(args: argparse.Namespace, names: list[str], device: str) -> list[int]:
@@ -190,21 +220,21 @@ def _sizes(args: argparse.Namespace, names: list[str], device: str) -> list[int]
 
 
 def _train_cfg(
-    args: argparse.Namespace, infos: list[TaskInfo], multi_task: bool, device: str, seed: int
+    args: argparse.Namespace, infos: list[TaskInfo], multi_task: bool, device: str, mode: str
 ) -> dict[str, Any]:
     """Runner configuration before overrides. They are checked by the fields of its algorithm, a dataclass for M3PO."""
-    cfg = suite_runner_cfg(multi_task, device, AGENTS[args.agent], args.algo)
+    cfg = suite_runner_cfg(multi_task, device, mode, args.algo)
     discounts = [task_discount(info.episode_length) for info in infos]
     if args.algo == "ppo":
         cfg["algorithm"]["gamma"] = sum(discounts) / len(discounts)  # rsl_rl's PPO has one for all tasks
     elif len(infos) == 1:
         cfg["algorithm"].gamma = discounts[0]
-    ours = args.algo == "m3po" and AGENTS[args.agent] == "default"
+    ours = args.algo == "m3po" and mode == "default"
     stds = [info.init_std if ours else info.ppo_std for info in infos]
     cfg["actor"]["distribution_cfg"]["init_std"] = stds if len(set(stds)) > 1 else stds[0]
     names = [info.name for info in infos]
-    cfg |= {"seed": seed, "experiment_name": args.experiment_name or _set_name(names), "task": ",".join(names)}
-    cfg["algo"] = args.algo
+    cfg |= {"seed": args.seed or 0, "task": ",".join(names), "algo": args.algo}
+    cfg["experiment_name"] = args.experiment_name or _set_name(names)
     if getattr(args, "max_iterations", None):
         cfg["max_iterations"] = args.max_iterations
     return cfg
@@ -219,55 +249,11 @@ def _set_name(names: list[str]) -> str:
     return joined if len(joined) <= 80 else f"{names[0]}+{len(names) - 1}-more"
 
 
-@contextlib.contextmanager
-def environments(
-    job: SuiteJob, sizes: list[int], seed: int, log_dir: Path | None = None, restart: bool = False
-) -> Iterator[VecEnv]:
-    """Create the environments of a job; they end with the context.
-
-    Where a task has none in this process, the others tell its sizes.
-
-    Args:
-        job: The checked request.
-        sizes: Environments of each task.
-        seed: Seed; each task gets one of its own.
-        log_dir: Folder that receives what processes of their own print.
-        restart: Whether a process that dies is started again.
-
-    Yields:
-        A ``MultiTaskVecEnv``, or the task's own environments where the job is not ``multi_task``.
-    """
-    torch.manual_seed(seed)
-    with contextlib.ExitStack() as stack:
-        members: list[Member] = []
-        for k, (info, size) in enumerate(zip(job.infos, sizes, strict=True)):
-            if size == 0:
-                continue
-            suite, task = find_task(info.name)
-            if job.args.processes == "all" or (suite.own_process and job.args.processes == "auto"):
-                options = {"suite": suite.name, "task": task, "num_envs": size, "device": job.device}
-                if suite.name == "isaaclab":
-                    options["assets"] = job.args.assets
-                log = None if log_dir is None else log_dir / f"member_{info.name}.log"
-                env: VecEnv = ProcessMember(task, "m3po.envs.suite:make_environments", options, seed + k, log)
-                stack.callback(env.close)
-            else:
-                env = stack.enter_context(as_context(suite.make(task, size, seed=seed + k, device=job.device)))
-                _check_environments(env, info.name)
-            members.append(Member(info.name, env, info.score_range, info.reports_success))
-        if not job.multi_task:
-            yield members[0].env.connect() if isinstance(env, ProcessMember) else env
-            return
-        batch = MultiTaskVecEnv(with_absent(members, job.infos, job.device), job.device, restart)
-        stack.callback(batch.close)  # first, because it tells all processes to stop at once
-        yield batch
-
-
 def _check_environments(env: Any, task: str) -> None:
     """Check that a suite made what training and evaluations ask for."""
     if not isinstance(env, VecEnv):
         raise UserError(f"the environments of task '{task}' are a {type(env).__name__}, not an rsl_rl VecEnv.")
-    if not hasattr(env, "reset"):
+    if getattr(type(env), "reset", M3POEnv.reset) is M3POEnv.reset:
         raise UserError(f"the environments of task '{task}' need reset() -> (observations, extras), for evaluations.")
     groups = list(env.get_observations().keys())
     if "policy" not in groups:
@@ -279,7 +265,7 @@ def with_groups(train_cfg: dict[str, Any], env: VecEnv) -> dict[str, Any]:
 
     Several tasks share one critic, which reads the group ``policy``; that is said where a task offers another.
     """
-    members = getattr(env, "members", ())
+    members = env.members if isinstance(env, MultiTaskVecEnv) else ()
     offering = [member.name for member in members if "critic" in member.env.get_observations().keys()]  # noqa: SIM118
     if offering:
         print(
@@ -308,62 +294,3 @@ def with_absent(members: list[Member], infos: list[TaskInfo], device: str) -> li
         or Member(info.name, AbsentEnv(*sizes[info.name], device), info.score_range, info.reports_success)
         for info in infos
     ]
-
-
-def experiment_dir(job: SuiteJob) -> Path:
-    """Folder of all runs of the job's algorithm and experiment."""
-    return Path(job.args.log_root).resolve() / job.args.algo / job.train_cfg["experiment_name"]
-
-
-def create_run_dir(job: SuiteJob, run_name: str | None) -> Path:
-    """Create ``<log_root>/<algo>/<experiment>/<timestamp>[_run_name]``, never one that exists already."""
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    name = f"{stamp}_{run_name}" if run_name else stamp
-    try:
-        experiment_dir(job).mkdir(parents=True, exist_ok=True)
-        for suffix in ("", *(f"_{i}" for i in range(2, 100))):
-            with contextlib.suppress(FileExistsError):
-                run_dir = experiment_dir(job) / (name + suffix)
-                run_dir.mkdir()
-                return run_dir
-    except OSError as error:
-        raise UserError(f"cannot write the log folder '{experiment_dir(job)}': {error.strerror}.") from error
-    raise UserError(f"too many runs named '{name}' in '{experiment_dir(job)}'.")
-
-
-def resolve_checkpoint(job: SuiteJob, wanted: str) -> Path:
-    """Find a checkpoint and check that it is readable and of the job's tasks.
-
-    Args:
-        job: The checked request.
-        wanted: Path of a file, or ``latest`` or ``best``: of the newest run of the job's tasks that has one.
-    """
-    path = _select_checkpoint(job, wanted) if wanted in SELECTORS else Path(wanted)
-    tasks = job.names if job.multi_task else None
-    check_compatible(path, read_checkpoint(path, "cpu"), task=job.train_cfg["task"], tasks=tasks)
-    return path
-
-
-def find_run(job: SuiteJob, wanted: str) -> tuple[Path, Path]:
-    """Find the run of the job's tasks that ``--resume`` means, and its checkpoint, and check that this fits.
-
-    Args:
-        job: The checked request.
-        wanted: As in :func:`m3po.runners.run_folder.find_run`.
-    """
-    here = {"tasks": job.names, "algorithm": job.args.algo, "agent": job.args.agent}
-    run, path = run_folder.find_run(
-        experiment_dir(job), wanted, lambda manifest: all(manifest.get(key) == value for key, value in here.items())
-    )
-    tasks = job.names if job.multi_task else None
-    check_compatible(path, read_checkpoint(path, "cpu"), task=job.train_cfg["task"], tasks=tasks)
-    return run, path
-
-
-def _select_checkpoint(job: SuiteJob, wanted: str) -> Path:
-    runs = sorted(experiment_dir(job).glob(f"*/{SELECTORS[wanted]}"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(runs):
-        manifest = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
-        if manifest["tasks"] == job.names:
-            return path
-    raise UserError(f"no run of these tasks in '{experiment_dir(job)}' has a {SELECTORS[wanted]}; train first.")

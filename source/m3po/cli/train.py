@@ -1,11 +1,13 @@
-"""``scripts/train.py`` for task suites and several tasks."""
+"""Training: ``scripts/train.py`` and ``isaaclab train --rl_library m3po``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,40 +17,42 @@ import torch
 import m3po
 from m3po import distributed
 from m3po.algorithms.construction import parse_algorithm_cfg
-from m3po.cli import print_config, suite_job
+from m3po.cli import print_config
 from m3po.cli.arguments import Parser, add_distributed, at_least, folder_name, guarded
-from m3po.cli.training import add_report_arguments, add_start_arguments, report_settings, train
+from m3po.cli.evaluate import evaluator
+from m3po.cli.job import Job, add_task_arguments, create_run_dir, find_run, resolve_checkpoint
+from m3po.cli.suite_job import kind_of_job
+from m3po.cli.transfer import add_transfer_arguments, check_start
 from m3po.elastic import Launch
-from m3po.envs.suite import suites
 from m3po.errors import UserError
-from m3po.evaluation_process import EvaluationProcess
 from m3po.manifest import environment_variables, git_revision, package_versions, write_json
 from m3po.presets import describe
 from m3po.runners import M3PORunner
-from m3po.runners.checkpoint import check_compatible, read_checkpoint
-from m3po.runners.run_folder import record_resumption
-from m3po.runners.task_transfer import TaskSizes, checkpoint_tasks, match_tasks, train_embedding_only
-from m3po.stopping import StopSignals
+from m3po.runners.checkpoint import LAST
+from m3po.runners.run_folder import MANIFEST, record_resumption
+from m3po.runners.task_transfer import train_embedding_only
+from m3po.stopping import INTERRUPTED, Stop, StopSignals
 
-SUITE_PACKAGES = ("dm-control", "metaworld", "mujoco-warp")
-"""Distributions whose versions are recorded besides the usual ones."""
+OWNER = {"version": 1, "library": "m3po"}
+"""What Isaac Lab's own commands look for in a ``run.json``: its version, and the library of ``--rl_library``."""
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], kind: type[Job] | None = None) -> int:
     """Train as the command line says.
 
     Args:
         argv: Arguments without the program's name.
+        kind: Kind of the job; ``None``: what the tasks need.
 
     Returns:
         Exit code: 0, 2 for a user's mistake, 130 after Ctrl-C and 75 after a cluster's signal, when all is saved.
     """
-    return guarded(_main, argv)
+    return guarded(lambda arguments: _main(arguments, kind or kind_of_job(arguments)), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description="Train one agent on one or several tasks of any suite.")
-    suite_job.add_common_arguments(parser)
+    parser = Parser(description="Train M3PO, or rsl_rl's PPO in the same harness, on one or several tasks.")
+    add_task_arguments(parser)
     purpose = parser.add_mutually_exclusive_group()
     add_distributed(purpose)
     print_config.add_argument(purpose)
@@ -60,83 +64,88 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max_iterations", type=at_least(1), help="Training iterations.")
     parser.add_argument("--run_name", type=folder_name, help="Appended to the name of the run folder.")
+    parser.add_argument("--run_timestamp", help="Name of the run folder instead of the time (train_multigpu gives it).")
     start = parser.add_mutually_exclusive_group()
-    add_start_arguments(start)
-    start.add_argument("--transfer", metavar="PATH", help="Start with what a checkpoint of other tasks has learnt.")
-    parser.add_argument(
-        "--init_task_from",
-        "--init-task-from",
-        type=_pairs,
-        default={},
-        metavar="NEW=OLD[,NEW=OLD]",
-        help="With --transfer: new tasks that start with the embeddings of tasks of the checkpoint.",
-    )
-    parser.add_argument(
-        "--train_only",
-        "--train-only",
-        choices=("all", "embedding"),
-        default="all",
-        help="Of a checkpoint, train all, or the embeddings and action noise of the tasks alone.",
-    )
-    add_report_arguments(parser)
-    parser.add_argument("--eval_envs", type=at_least(2), default=10, help="Environments of an evaluation, per task.")
+    _add_start_arguments(start)
+    add_transfer_arguments(parser, start)
+    _add_report_arguments(parser)
+    parser.add_argument("--eval_envs", type=at_least(2), default=20, help="Environments of an evaluation, per task.")
     parser.add_argument(
         "--restart_members", "--restart-members", action="store_true", help="Restart a task's process that dies."
     )
     return parser
 
 
-def _pairs(text: str) -> dict[str, str]:
-    """Argument type: ``NEW=OLD,NEW=OLD``, task names by whatever names their suites know them."""
-    pairs = [part.split("=") for part in text.split(",")]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise argparse.ArgumentTypeError(f"expected NEW=OLD, got '{text}'")
-    result = {_canonical(new): _canonical(old) for new, old in pairs}
-    if len(result) < len(pairs):
-        raise argparse.ArgumentTypeError(f"a new task is named twice in '{text}'")
-    return result
+def _add_start_arguments(group: argparse._MutuallyExclusiveGroup) -> None:
+    """Add the options that say what a training begins with."""
+    group.add_argument(
+        "--checkpoint", metavar="latest|best|PATH", help="Start a new run with what this checkpoint has learnt."
+    )
+    group.add_argument(
+        "--resume",
+        metavar="latest|best|PATH|RUN",
+        help="Go on with a run in its own folder, up to --max_iterations in all. RUN is a folder or a --run_name.",
+    )
 
 
-def _canonical(name: str) -> str:
-    return next((task for suite in suites().values() if (task := suite.resolve(name)) is not None), name)
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what is printed, evaluated and kept."""
+    parser.add_argument(
+        "--quiet",
+        action=argparse.BooleanOptionalAction,
+        help="One line per iteration; by default where the output is not a terminal.",
+    )
+    parser.add_argument(
+        "--eval_interval",
+        type=at_least(0),
+        default=25,
+        help="Evaluate every so many iterations, in a process of its own; 0 never does, and keeps no model_best.pt.",
+    )
+    parser.add_argument(
+        "--keep_checkpoints",
+        type=at_least(1),
+        default=M3PORunner.KEPT,
+        help="Newest numbered checkpoints to keep, besides model_last.pt and model_best.pt.",
+    )
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], kind: type[Job]) -> int:
     """Check everything, then create the environments and train."""
     with print_config.kept_apart(argv):
-        job = suite_job.prepare(_parser(), argv)
+        job = kind.read(_parser(), argv)
         args = job.args
         distributed.check_start(args.in_group)
-        checkpoint = suite_job.resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
+        checkpoint = resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
         if args.print_config:
             _find_start(job)
     if args.print_config:
-        num_envs = dict(zip(job.names, job.sizes, strict=True))
-        return print_config.show(args, args.agent, job.device, num_envs, _runner_cfg(job))
+        return print_config.show(job, job.train_cfg | _report_settings(args))
     stop = StopSignals()
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.caught())
         stack.enter_context(distributed.group(args.in_group, job.device))
-        job.seed = job.train_cfg["seed"] = distributed.shared(job.seed)
+        stack.enter_context(fast_matrix_products())
+        job.seed = distributed.shared(job.seed)
         found = _find_start(job)
         sizes = [sum(of_task) for of_task in zip(*distributed.collected(job.sizes), strict=True)]
-        launch = Launch(suite_job.experiment_dir(job), lambda: found[0] if found else _create_run(job, sizes))
+        launch = Launch(job.experiment_dir, lambda: found[0] if found else _create_run(job, sizes))
         run_dir, resumed = launch.run_dir, launch.checkpoint or (found and found[1])
         if resumed is not None and distributed.is_main():
             record_resumption(run_dir, resumed, sys.orig_argv[1:])
         _report(job, sizes, run_dir)
-        evaluator = None
+        evaluating = None
         if args.eval_interval > 0 and distributed.is_main():
-            order = {"arguments": job.arguments(), "num_envs": args.eval_envs}
-            evaluator = EvaluationProcess("m3po.cli.evaluate", order, run_dir / "evaluation.log")
-            stack.callback(evaluator.close)
+            evaluating = evaluator(job, args.eval_envs, run_dir / "evaluation.log")
+            stack.callback(evaluating.close)
         own_dir = run_dir if distributed.is_main() else run_dir / f"rank_{distributed.rank()}"
         own_dir.mkdir(exist_ok=True)
         seed = job.seed + distributed.rank()
-        env = stack.enter_context(suite_job.environments(job, job.sizes, seed, own_dir, restart=args.restart_members))
-        cfg = suite_job.with_groups(_runner_cfg(job), env)
+        env = stack.enter_context(job.environments(job.sizes, seed, own_dir, restart=args.restart_members))
+        stack.enter_context(stop.caught())  # once more, because a simulation may have handlers of its own
         try:
-            runner = M3PORunner(env, cfg, str(run_dir), job.device, evaluator, stop)
+            runner = M3PORunner(
+                env, job.runner_cfg(env) | _report_settings(args), str(run_dir), job.device, evaluating, stop
+            )
         except ValueError as error:  # rsl_rl's and our own complaints about classes and observation groups
             raise UserError(str(error)) from error
         if checkpoint is not None:
@@ -147,82 +156,117 @@ def _main(argv: list[str]) -> int:
         if args.train_only == "embedding":
             print("[m3po] training nothing but task embeddings and action noise")
             train_embedding_only(runner.alg)
-        code = train(runner, run_dir, job.train_cfg["max_iterations"], resumed, init_at_random_ep_len=True)
+        at_random = job.train_cfg.get("init_at_random_ep_len", True)
+        code = learn(runner, run_dir, job.train_cfg["max_iterations"], resumed, at_random)
         if code == 0:
             launch.finish()
     return code
 
 
-def _runner_cfg(job: suite_job.SuiteJob) -> dict[str, Any]:
-    return job.train_cfg | report_settings(job.args)
+@contextlib.contextmanager
+def fast_matrix_products() -> Iterator[None]:
+    """Let CUDA multiply matrices in TF32, and cuDNN choose its algorithms by trying them, as rsl_rl's training does."""
+    settings = (
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cudnn, "benchmark"),
+    )
+    before = [getattr(*setting) for setting in settings]
+    try:
+        for setting in settings:
+            setattr(*setting, True)
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setattr(*setting, value)
 
 
-def _find_start(job: suite_job.SuiteJob) -> tuple[Path, Path] | None:
+def _report_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of what is reported, as fields of a runner's configuration."""
+    settings = {name: getattr(args, name) for name in ("eval_interval", "keep_checkpoints")}
+    return settings if args.quiet is None else settings | {"quiet": args.quiet}
+
+
+def _find_start(job: Job) -> tuple[Path, Path] | None:
     """The run to resume and its checkpoint; without ``--resume``, what else training starts from is checked."""
     if job.args.resume:
-        return suite_job.find_run(job, job.args.resume)
-    _check_start(job)
+        return find_run(job, job.args.resume)
+    check_start(job)
     return None
 
 
-def _check_start(job: suite_job.SuiteJob) -> None:
-    """Check what training is to start from, and print where each task comes from.
+def learn(runner: M3PORunner, run_dir: Path, iterations: int, resumed: Path | None, init_at_random_ep_len: bool) -> int:
+    """Train to the end or to a signal, and say which.
 
-    Raises:
-        UserError: If the options or the tasks do not fit.
+    Args:
+        runner: Runner.
+        run_dir: Folder of the run.
+        iterations: Iterations of the run, those before it was resumed included.
+        resumed: Checkpoint to resume the run from.
+        init_at_random_ep_len: As in :meth:`M3PORunner.learn`.
+
+    Returns:
+        Exit code.
     """
-    args = job.args
-    if args.split_tasks and not args.in_group:
-        raise UserError("--split_tasks deals tasks out to several processes, which --distributed connects.")
-    if args.train_only == "embedding" and not (job.multi_task and (args.checkpoint or args.transfer)):
-        raise UserError("--train_only embedding needs trained networks: --transfer, or --checkpoint of several tasks.")
-    if args.transfer is None:
-        if args.init_task_from:
-            raise UserError("--init_task_from needs a checkpoint to take the embeddings from: --transfer PATH.")
-        return
-    content = read_checkpoint(args.transfer, "cpu")
-    check_compatible(args.transfer, content, algorithm=args.algo)
-    there = checkpoint_tasks(args.transfer, content)
-    here = [TaskSizes(info.name, info.obs_dim, info.action_dim) for info in job.infos]
-    source = match_tasks(there, here, args.init_task_from)
-    kept = [name for name in job.names if source.get(name) == name]
-    print(f"[m3po] transferring {len(kept)} of {len(there)} tasks from {args.transfer}")
-    new = [f"{name} ({'as ' + source[name] if name in source else 'afresh'})" for name in job.names if name not in kept]
-    if new:
-        print(f"[m3po] new tasks: {', '.join(new)}")
+    if resumed is not None:
+        runner.resume(str(resumed))
+        done = runner.current_learning_iteration - runner.first_iteration
+        print(f"[m3po] resuming from {resumed}: {done} of {iterations} iterations are done", flush=True)
+        if done >= iterations:
+            print("[m3po] the run is complete; a larger --max_iterations would go on", flush=True)
+        iterations = max(0, iterations - done)
+    start = time.perf_counter()
+    try:
+        runner.learn(iterations, init_at_random_ep_len)
+    except Stop as stop:
+        path = run_dir / LAST
+        word = "interrupted" if stop.exit_code == INTERRUPTED else f"stopped by {stop.signal.name}"
+        print(f"\n[m3po] {word}; " + (f"saved {path}" if path.exists() else "nothing was learnt yet"), flush=True)
+        return stop.exit_code
+    print(f"[m3po] trained for {time.perf_counter() - start:.1f} s; checkpoints in {run_dir}")
+    return 0
 
 
-def _report(job: suite_job.SuiteJob, sizes: list[int], run_dir: Path) -> None:
+def _report(job: Job, sizes: list[int], run_dir: Path) -> None:
     """Print what was chosen; ``sizes`` are the environments of each task in all processes."""
     tasks = ", ".join(f"{name} x {size}" for name, size in zip(job.names, sizes, strict=True))
     print(f"[m3po] tasks ({len(job.names)}): {tasks}")
-    print(f"[m3po] algorithm: {job.args.algo}, seed: {job.seed}, device: {job.device}")
+    print(f"[m3po] algorithm: {job.algo} ({job.agent}), seed: {job.seed}")
+    threads = "OMP_NUM_THREADS" if os.environ.get("OMP_NUM_THREADS") else "OMP_NUM_THREADS is not set"
+    print(f"[m3po] device: {job.device}, torch threads: {torch.get_num_threads()} ({threads})")
     together = f" in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"[m3po] environments: {sum(sizes)}{together}, steps per rollout: {job.train_cfg['num_steps_per_env']}")
-    if job.args.algo == "m3po":
-        print(describe(parse_algorithm_cfg(job.train_cfg["algorithm"]), suite_job.AGENTS[job.args.agent], job.device))
+    for line in job.chosen():
+        print(f"[m3po] {line}")
+    if job.algo == "m3po":
+        print(describe(parse_algorithm_cfg(job.train_cfg["algorithm"]), job.mode, job.device))
     print(f"[m3po] run folder: {run_dir}")
 
 
-def _create_run(job: suite_job.SuiteJob, sizes: list[int]) -> Path:
+def _create_run(job: Job, sizes: list[int]) -> Path:
     """Create the run's folder, with ``run.json``: what the run was."""
-    run_dir = suite_job.create_run_dir(job, job.args.run_name)
-    manifest = {
+    run_dir = create_run_dir(job)
+    manifest = OWNER | {
+        "task": job.train_cfg["task"],
         "tasks": job.names,
         "num_envs": sizes,
         "processes": distributed.world_size(),
         "created_at": datetime.now(UTC).isoformat(),
+        "metadata": {"agent": job.agent, "algorithm": job.algo},
         "command": sys.orig_argv[1:],
-        "algorithm": job.args.algo,
-        "agent": job.args.agent,
+        "algorithm": job.algo,
+        "agent": job.agent,
         "seed": job.seed,
         "device": job.device,
         "torch_threads": torch.get_num_threads(),
         "environment": environment_variables(),
         "overrides": job.overrides,
-        "versions": package_versions(SUITE_PACKAGES),
+        "versions": package_versions(job.versions),
         "git": git_revision(Path(m3po.__file__)),
         "configuration": {"agent": job.train_cfg},
     }
-    write_json(run_dir / "run.json", manifest)
+    for name, value in job.about().items():
+        manifest[name] = manifest[name] | value if isinstance(manifest.get(name), dict) else value
+    write_json(run_dir / MANIFEST, manifest)
+    job.record(run_dir)
     return run_dir

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.interface import M3POEnv
 
-class AbsentEnv(VecEnv):
+
+class AbsentEnv(M3POEnv):
     """Zero environments with the sizes of a task."""
 
     num_envs = 0
@@ -38,6 +39,3 @@ class AbsentEnv(VecEnv):
     def step(self, actions: torch.Tensor) -> tuple[TensorDict, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Nothing to step."""
         return self._obs, torch.zeros(0, device=self.device), torch.zeros(0, device=self.device).bool(), {}
-
-    def close(self) -> None:
-        """Nothing to close."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.interface import M3POEnv
 from m3po.envs.shared_tensors import allocate, cut, synchronize
 from m3po.errors import M3POError
 
@@ -46,7 +46,7 @@ class MemberError(M3POError):
         self.task, self.reason = task, reason
 
 
-class ProcessMember(VecEnv):
+class ProcessMember(M3POEnv):
     """Environments in a process of their own, seen as if they were here. Only the group ``policy`` is passed on.
 
     Tensors are shared, without a copy through the pipe: in shared memory on the CPU, through CUDA IPC on a GPU. Those
@@ -75,6 +75,8 @@ class ProcessMember(VecEnv):
         self._launch()
 
     # -- life ---------------------------------------------------------------------------------------------------------
+
+    steps_beside = True
 
     def connect(self) -> Self:
         """Wait until the environments are built; they can be used from then on. Does nothing when called again.
@@ -168,6 +170,10 @@ class ProcessMember(VecEnv):
     def get_observations(self) -> TensorDict:
         """Observation group ``policy``, (N, O)."""
         return self._group("obs")
+
+    def seed(self, seed: int) -> None:
+        """Draw from a seed from now on."""
+        self._call("seed", seed)
 
     def state_dict(self) -> dict[str, Any] | None:
         """All that the future of the environments depends on; ``None`` where they do not tell it."""

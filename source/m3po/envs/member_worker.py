@@ -21,6 +21,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.interface import as_m3po_env
 from m3po.envs.logs import NewLogs, number
 from m3po.envs.shared_tensors import Sizes, cut, synchronize
 from m3po.envs.suite import as_context
@@ -97,7 +98,7 @@ class _Worker:
     """The orders. Most take the slot for their results; they return what is not a tensor."""
 
     def __init__(self, env: VecEnv) -> None:
-        self.env = env
+        self.env = as_m3po_env(env)
         obs_dim = env.get_observations()["policy"].shape[1]
         self.sizes = Sizes(env.num_envs, obs_dim, env.num_actions, int(env.max_episode_length), str(env.device))
         self.logs = NewLogs()
@@ -115,12 +116,17 @@ class _Worker:
     def reset_envs(self, slot_and_ids: tuple[int, list[int]]) -> None:
         """Reset some environments, where these offer it."""
         slot, ids = slot_and_ids
-        if hasattr(self.env, "reset_envs"):
-            self._write_obs(slot, self.env.reset_envs(torch.tensor(ids, device=self.env.device)))
+        obs = self.env.reset_envs(torch.tensor(ids, device=self.env.device))
+        if obs is not None:
+            self._write_obs(slot, obs)
+
+    def seed(self, seed: int) -> None:
+        """Draw from a seed from now on."""
+        self.env.seed(seed)
 
     def state_dict(self, _: None) -> dict[str, Any] | None:
         """The environments' own state, where they tell it."""
-        return self.env.state_dict() if hasattr(self.env, "state_dict") else None
+        return self.env.state_dict()
 
     def load_state_dict(self, state_and_slot: tuple[dict[str, Any], int]) -> bool:
         """Restore the environments' own state and write their observations."""
@@ -131,7 +137,7 @@ class _Worker:
 
     def curriculum_state(self, _: None) -> dict[str, Any] | None:
         """How hard the task is by now, where it tells that."""
-        return self.env.curriculum_state() if hasattr(self.env, "curriculum_state") else None
+        return self.env.curriculum_state()
 
     def load_curriculum_state(self, state: dict[str, Any]) -> None:
         """Make the task as hard as that."""

@@ -13,6 +13,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.interface import M3POEnv, Result, as_m3po_env
 from m3po.envs.logs import NewLogs
 from m3po.envs.member_process import MemberError, ProcessMember
 from m3po.envs.member_worker import reason
@@ -21,9 +22,6 @@ from m3po.errors import UserError
 
 MAX_DEATHS, DEATH_WINDOW = 3, 100
 """A member that dies this often within so many steps is not restarted again."""
-
-Result = tuple[TensorDict, torch.Tensor, torch.Tensor, dict[str, Any]]
-"""What :meth:`rsl_rl.env.VecEnv.step` returns."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Member:
     """Name of the task, unique among the members."""
 
     env: VecEnv
-    """Its environments. Those with ``step_async(actions)`` and ``step_wait()`` step at the same time as all others."""
+    """Its environments."""
 
     score_range: tuple[float, float] | None = None
     """Episode returns that mean a normalised score of 0 and of 1, if defined."""
@@ -52,7 +50,7 @@ def task_discount(episode_length: int) -> float:
     return min(max(1.0 - 5.0 / episode_length, 0.95), 0.995)
 
 
-class MultiTaskVecEnv(VecEnv):
+class MultiTaskVecEnv(M3POEnv):
     """The environments of K tasks as one batch. A task's environments are consecutive rows, in the order given.
 
     Observations are padded with zeros to the largest task; of the actions, a task sees its own dimensions. Tensors that
@@ -73,7 +71,7 @@ class MultiTaskVecEnv(VecEnv):
         """
         self.members, self.device, self.restart_members = list(members), device, restart_members
         self.task_names = [member.name for member in members]
-        self._envs = [member.env for member in members]
+        self._envs = [as_m3po_env(member.env) for member in members]
         with self._closed_on_failure():
             if not members or len(set(self.task_names)) < len(members):
                 raise UserError(f"a batch needs one or more tasks with different names, got {self.task_names}.")
@@ -84,7 +82,7 @@ class MultiTaskVecEnv(VecEnv):
             self._describe(first)
             self._pad, self._pad_final = self._padding(), self._padding()
             self._obs = self._pad(first)
-        self._concurrent = [k for k, env in enumerate(self._envs) if hasattr(env, "step_async")]
+        self._concurrent = [k for k, env in enumerate(self._envs) if env.steps_beside]
         self._logs = [NewLogs() for _ in self.members]
         self._deaths: list[list[int]] = [[] for _ in members]
         self._num_steps = 0
@@ -145,10 +143,10 @@ class MultiTaskVecEnv(VecEnv):
         with self._closed_on_failure():
             for env, rows, dim in zip(self._envs, self._rows, self.obs_dims, strict=True):
                 own = ids[(ids >= rows.start) & (ids < rows.stop)]
-                if len(own) and hasattr(env, "reset_envs"):
-                    local = own - rows.start
-                    observed = env.reset_envs(local.to(env.device))["policy"].to(self.device)
-                    after["policy"][own, :dim] = observed[local]
+                local = own - rows.start
+                observed = env.reset_envs(local.to(env.device)) if len(own) else None
+                if observed is not None:
+                    after["policy"][own, :dim] = observed["policy"].to(self.device)[local]
         self._obs = after
         return self.get_observations()
 
@@ -182,9 +180,14 @@ class MultiTaskVecEnv(VecEnv):
             merged["lost"] = self._per_env(lost)
         return self.get_observations(), self._cat(rewards, torch.get_default_dtype()), ends, merged
 
+    def seed(self, seed: int) -> None:
+        """Give each task a seed of its own, from ``seed`` on."""
+        for k, env in enumerate(self._envs):
+            env.seed(seed + k)
+
     def curriculum_state(self) -> list[dict[str, Any] | None]:
         """How hard each task is by now; ``None`` where it does not tell."""
-        return [env.curriculum_state() if hasattr(env, "curriculum_state") else None for env in self._envs]
+        return [env.curriculum_state() for env in self._envs]
 
     def load_curriculum_state(self, state: list[dict[str, Any] | None]) -> None:
         """Make the tasks as hard as :meth:`curriculum_state` of other environments of the same tasks says."""
@@ -194,7 +197,7 @@ class MultiTaskVecEnv(VecEnv):
 
     def state_dict(self) -> list[dict[str, Any] | None]:
         """What the members tell of their state, for :meth:`load_state_dict`."""
-        return [env.state_dict() if hasattr(env, "state_dict") else None for env in self._envs]
+        return [env.state_dict() for env in self._envs]
 
     def load_state_dict(self, state: list[dict[str, Any] | None]) -> bool:
         """Go on from :meth:`state_dict` of the same members.
@@ -219,7 +222,7 @@ class MultiTaskVecEnv(VecEnv):
                 env.stop()  # all at once
         with contextlib.ExitStack() as stack:
             for env in self._envs:
-                stack.callback(getattr(env, "close", lambda: None))
+                stack.callback(env.close)
 
     # -- step ---------------------------------------------------------------------------------------------------------
 

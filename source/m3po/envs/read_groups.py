@@ -6,12 +6,13 @@ saved in checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
+
+from m3po.envs.interface import Result, WrappedEnv, as_m3po_env
 
 
 def only_read_groups(env: VecEnv, obs_groups: Mapping[str, list[str]]) -> VecEnv:
@@ -25,12 +26,12 @@ def only_read_groups(env: VecEnv, obs_groups: Mapping[str, list[str]]) -> VecEnv
     offered = set(env.get_observations().keys())
     read = {group for groups in obs_groups.values() for group in groups}
     read |= {name if name in offered else "policy" for name in ("actor", "critic") if name not in obs_groups}
-    if hasattr(env, "task_ids"):
+    if as_m3po_env(env).task_ids is not None:
         read.add("task")
     return env if offered <= read else ReadGroups(env, sorted(offered & read))
 
 
-class ReadGroups(VecEnv):
+class ReadGroups(WrappedEnv):
     """Everything but observations is the environment's own, to be read and to be set."""
 
     def __init__(self, env: VecEnv, groups: list[str]) -> None:
@@ -40,25 +41,23 @@ class ReadGroups(VecEnv):
             env: Environment.
             groups: Observation groups that are seen.
         """
-        self.__dict__.update(_env=env, _groups=groups)
+        super().__init__(as_m3po_env(env), _groups=groups)
 
-    def __getattr__(self, name: str) -> Any:
-        """What the environment has; so one that cannot do something cannot do it here either."""
-        value = getattr(self._env, name)
-        return self._selecting(value) if name in ("reset_envs", "set_state") else value
+    def reset_envs(self, ids: torch.Tensor) -> TensorDict | None:
+        """Begin new episodes in some environments; see :class:`M3POEnv`."""
+        obs = self._env.reset_envs(ids)
+        return None if obs is None else obs.select(*self._groups)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set it in the environment."""
-        setattr(self._env, name, value)
-
-    def _selecting(self, method: Callable[..., TensorDict]) -> Callable[..., TensorDict]:
-        return lambda *args, **kwargs: method(*args, **kwargs).select(*self._groups)
+    def set_state(self, state: dict[str, torch.Tensor]) -> TensorDict | None:
+        """Put all environments into a state; see :class:`M3POEnv`."""
+        obs = self._env.set_state(state)
+        return None if obs is None else obs.select(*self._groups)
 
     def get_observations(self) -> TensorDict:
         """Observations of now, batch size (N,)."""
         return self._env.get_observations().select(*self._groups)
 
-    def step(self, actions: torch.Tensor) -> tuple[TensorDict, torch.Tensor, torch.Tensor, dict]:
+    def step(self, actions: torch.Tensor) -> Result:
         """As rsl_rl's ``VecEnv``; final observations have the same groups."""
         obs, rewards, dones, extras = self._env.step(actions)
         if extras.get("final_obs") is not None:

@@ -68,7 +68,7 @@ class CheckpointingRunner(OnPolicyRunner):
         content["infos"] = infos
         content["m3po"] = self.description()
         content["runner_state"] = {name: getattr(self, name) for name in RUNNER_STATE}
-        content["curriculum"] = self.env.curriculum_state() if hasattr(self.env, "curriculum_state") else None
+        content["curriculum"] = self.env.curriculum_state()
         if resumable:
             content["resume"] = self._resume_state()
         write_checkpoint(path, content)
@@ -80,7 +80,7 @@ class CheckpointingRunner(OnPolicyRunner):
             "algorithm": self.alg.resume_state() if isinstance(self.alg, M3PO) else None,
             "random": random_state(),
             "statistics": self.statistics.state_dict(),
-            "environment": self.env.state_dict() if hasattr(self.env, "state_dict") else None,
+            "environment": self.env.state_dict(),
             "unevaluated": {it: os.path.basename(path) for it, path in self._unevaluated.items()},
         }
 
@@ -97,7 +97,7 @@ class CheckpointingRunner(OnPolicyRunner):
         content = read_checkpoint(path, map_location or self.device)
         self._load(path, content, load_cfg, strict)
         state = content.get("curriculum")
-        if state is not None and hasattr(self.env, "load_curriculum_state"):
+        if state is not None:
             self.env.load_curriculum_state(state)
             print("[m3po] curricula are where they were at the checkpoint", flush=True)
         self.first_iteration = self.current_learning_iteration
@@ -147,7 +147,7 @@ class CheckpointingRunner(OnPolicyRunner):
         if not complete:
             print(f"[m3po] '{path}' holds networks, optimisers and counters alone; the rest starts afresh.", flush=True)
             return
-        if state["environment"] is not None and hasattr(self.env, "load_state_dict"):
+        if state["environment"] is not None:
             self._episodes_run = self.env.load_state_dict(state["environment"])
         if not self._episodes_run:
             print("[m3po] these environments do not tell their whole state; new episodes begin.", flush=True)

@@ -16,6 +16,7 @@ import torch
 from rsl_rl.env import VecEnv
 
 from m3po import distributed
+from m3po.envs.interface import as_m3po_env
 from m3po.envs.logs import NewLogs, number
 from m3po.evaluation import capped_score, is_success_rate
 
@@ -73,7 +74,8 @@ class EpisodeStatistics:
     @classmethod
     def of(cls, env: VecEnv, device: str) -> EpisodeStatistics:
         """The statistics of an environment: of a ``MultiTaskVecEnv``'s tasks, or of a single one."""
-        if not hasattr(env, "task_names"):
+        env = as_m3po_env(env)
+        if env.task_ids is None:
             return cls(env.num_envs, device)
         return cls(env.num_envs, device, env.task_names, env.task_ids, env.score_ranges)
 

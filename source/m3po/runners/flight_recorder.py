@@ -53,9 +53,8 @@ class FlightRecorder:
 
     def begin(self, actions: torch.Tensor) -> None:
         """Record the state and what is about to be done in it, (N, A)."""
-        if hasattr(self.env, "get_state"):
-            for name, value in self.env.get_state().items():
-                self._write(f"state/{name}", value)
+        for name, value in self.env.get_state().items():
+            self._write(f"state/{name}", value)
         self._write("actions", actions)
 
     def end(
@@ -127,7 +126,7 @@ class FlightRecorder:
         return f" ({_short(terms)})"
 
     def _reward_terms(self, rows: torch.Tensor) -> str:
-        manager = getattr(getattr(self.env, "unwrapped", None), "reward_manager", None)
+        manager = getattr(self.env.unwrapped, "reward_manager", None)
         if manager is None:
             return ""
         terms = manager.get_active_iterable_terms(int(rows.nonzero()[0]))
@@ -144,7 +143,7 @@ class FlightRecorder:
         first = max(0, self.step - STEPS)
         slots = [index % STEPS for index in range(first, self.step)]
         chosen = environments[:MAX_ENVS]
-        names, ids = getattr(self.env, "task_names", ()), getattr(self.env, "task_ids", None)
+        names, ids = self.env.task_names, self.env.task_ids
         content = {
             "format": FORMAT,
             **self.about,
@@ -161,7 +160,7 @@ class FlightRecorder:
 
 def observation_terms(env: VecEnv) -> dict[str, list[tuple[str, int, int]]]:
     """Names and columns (first, behind the last) of the terms of each observation group, where Isaac Lab tells them."""
-    manager = getattr(getattr(env, "unwrapped", None), "observation_manager", None)
+    manager = getattr(env.unwrapped, "observation_manager", None)
     result = {}
     for group, names in getattr(manager, "active_terms", {}).items():
         shapes = manager.group_obs_term_dim[group]

@@ -16,6 +16,7 @@ from tensordict import TensorDict
 
 from m3po import distributed
 from m3po.algorithms import M3PO
+from m3po.envs.interface import as_m3po_env
 from m3po.envs.read_groups import only_read_groups
 from m3po.errors import CheckpointError, M3POError
 from m3po.models.task_policy import TaskMLPModel, embed
@@ -98,7 +99,7 @@ class M3PORunner(CheckpointingRunner):
         """Folder of the run, where each process keeps what it needs to go on; the first one writes all else."""
         if not distributed.is_main():
             log_dir = evaluator = None
-        env = only_read_groups(env, train_cfg["obs_groups"])
+        env = only_read_groups(as_m3po_env(env), train_cfg["obs_groups"])
         super().__init__(env, train_cfg, log_dir=log_dir, device=device)
         self.log_dir = log_dir
         self.evaluator = evaluator
@@ -321,7 +322,7 @@ class M3PORunner(CheckpointingRunner):
 
     def _report_embedding(self) -> None:
         """Print the nearest tasks of each task after training, and write the report on their embeddings."""
-        names, policy = getattr(self.env, "task_names", ()), self.alg.get_policy()
+        names, policy = self.env.task_names, self.alg.get_policy()
         if self.log_dir is None or len(names) < 2 or not isinstance(policy, TaskMLPModel):
             return
         embedding = embed(policy.task_embedding, torch.arange(len(names), device=self.device))

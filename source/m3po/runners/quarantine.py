@@ -20,6 +20,7 @@ from tensordict import TensorDict
 
 from m3po import distributed
 from m3po.config import QUARANTINE_SHARE, check_quarantine_share
+from m3po.envs.interface import as_m3po_env
 from m3po.errors import CheckpointError
 from m3po.late_flag import LateFlag
 from m3po.runners.flight_recorder import FlightRecorder, is_sound
@@ -56,13 +57,14 @@ class Quarantine:
         Raises:
             ValueError: If ``quarantine_share`` is not a share.
         """
-        self.env, self.device, self.log_dir = env, device, log_dir
+        self.env, self.device, self.log_dir = as_m3po_env(env), device, log_dir
         self.active, self.share = bool(cfg.get("check_for_nan", True)), cfg.get("quarantine_share", QUARANTINE_SHARE)
         check_quarantine_share(self.share)
         self._flag = LateFlag(device, late)
-        self._recorder = FlightRecorder(env, {"task": cfg.get("task"), "seed": cfg.get("seed")})
-        self._task_names: Sequence[str] = getattr(env, "task_names", ())
-        self._task_ids = getattr(env, "task_ids", torch.zeros(env.num_envs, dtype=torch.long)).cpu()
+        self._recorder = FlightRecorder(self.env, {"task": cfg.get("task"), "seed": cfg.get("seed")})
+        self._task_names: Sequence[str] = self.env.task_names
+        ids = self.env.task_ids
+        self._task_ids = torch.zeros(env.num_envs, dtype=torch.long) if ids is None else ids.cpu()
         self._stuck = torch.zeros(env.num_envs, dtype=torch.bool, device=device)
         """Environments that are not usable before they are reset, (N,)."""
         self._counts = torch.zeros(2, env.num_envs, dtype=torch.long, device=device)
@@ -159,8 +161,9 @@ class Quarantine:
     def _intervene(self, obs: TensorDict) -> TensorDict:
         """Reset what can be reset, and report what the flag was about. Returns the observations of now."""
         rows = self._stuck.nonzero().squeeze(1)
-        if len(rows) and hasattr(self.env, "reset_envs"):
-            after = self.env.reset_envs(rows.to(self.env.device)).to(self.device)
+        after = self.env.reset_envs(rows.to(self.env.device)) if len(rows) else None
+        if after is not None:
+            after = after.to(self.device)
             obs = obs.clone(recurse=False).update({g: _keep(~self._stuck, x, after[g]) for g, x in obs.items()})
             healthy = torch.stack([_finite_rows(x) for _, x in _floats(obs)]).all(0)
             # Of several tasks, some may not be able to: where an episode has not begun, nothing was reset.

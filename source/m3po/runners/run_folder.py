@@ -47,7 +47,7 @@ def find_run(experiment: Path, wanted: str, belongs: Callable[[dict[str, Any]], 
         _check(path.parent, belongs)
         return path.parent, path
     if wanted in SELECTORS:
-        runs = [run for run in _runs(experiment) if _has(run, wanted) and belongs(_manifest(run))]
+        runs = [run for run in _runs(experiment) if _has(run, wanted) and belongs(read_manifest(run))]
     elif path.is_dir():
         runs = [path]
     else:
@@ -75,7 +75,8 @@ def _has(run: Path, selector: str) -> bool:
     return (run / SELECTORS[selector]).exists() or (selector == "latest" and bool(numbered(run)))
 
 
-def _manifest(run: Path) -> dict[str, Any]:
+def read_manifest(run: Path) -> dict[str, Any]:
+    """What a run was; empty where its folder does not say."""
     try:
         return json.loads((run / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -83,7 +84,7 @@ def _manifest(run: Path) -> dict[str, Any]:
 
 
 def _check(run: Path, belongs: Callable[[dict[str, Any]], bool]) -> None:
-    manifest = _manifest(run)
+    manifest = read_manifest(run)
     if not manifest:
         raise UserError(f"'{run}' is not the folder of a run: it has no {MANIFEST}. --checkpoint starts a new run.")
     if not belongs(manifest):
@@ -156,6 +157,6 @@ def _rewind_events(run: Path, iteration: int, env_steps: int) -> None:
 
 def record_resumption(run: Path, checkpoint: Path, command: list[str]) -> None:
     """Add to a run's manifest that a command goes on with it from a checkpoint."""
-    manifest = _manifest(run)
+    manifest = read_manifest(run)
     entry = {"at": datetime.now(UTC).isoformat(), "checkpoint": checkpoint.name, "command": command}
     write_json(run / MANIFEST, manifest | {"resumed": [*manifest.get("resumed", []), entry]})

@@ -45,7 +45,7 @@ class TaskSizes:
 
 def describe_tasks(env: VecEnv) -> dict[str, list]:
     """What a checkpoint's description says of the tasks; nothing where policy and critic are not told the task."""
-    if not hasattr(env, "task_ids"):
+    if env.task_ids is None:
         return {}
     return {"tasks": env.task_names, "task_obs_dims": env.obs_dims, "task_action_dims": env.action_dims}
 

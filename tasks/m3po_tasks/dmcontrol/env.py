@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
-from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.interface import M3POEnv
 from m3po_tasks.dmcontrol.initial_states import InitialStates
 from m3po_tasks.dmcontrol.task import Physics, State, Task
 
@@ -39,7 +39,7 @@ class Backend(Protocol):
         """End what would outlive the object, such as threads."""
 
 
-class MjcfVecEnv(VecEnv):
+class MjcfVecEnv(M3POEnv):
     """N worlds of one task. Episodes are truncated and never terminate.
 
     The reward of a step is the sum over its control steps. ``extras`` holds ``time_outs`` (N,) and ``final_obs``, the
@@ -74,6 +74,10 @@ class MjcfVecEnv(VecEnv):
         """Start a new episode in all worlds."""
         self._obs = self._restart(torch.arange(self.num_envs, device=self.device))
         return self.get_observations(), {}
+
+    def seed(self, seed: int) -> None:
+        """Pick initial states by a seed from now on."""
+        self.initial.generator.manual_seed(seed)
 
     def reset_envs(self, ids: torch.Tensor) -> TensorDict:
         """Start new episodes in some worlds, (n,), int64; returns the observations of all."""

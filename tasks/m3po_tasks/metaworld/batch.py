@@ -30,7 +30,7 @@ class Batch:
             M3POError: If an environment cannot be created.
         """
         self._task, self._number = task, next(_NUMBERS)
-        seeds = np.random.SeedSequence(seed).generate_state(num_envs, np.uint64).tolist()
+        seeds = _seeds(seed, num_envs)
         self._shares = POOL.hire(num_envs, num_workers)
         self._tickets: list[int] = []
         file = os.memfd_create(task)
@@ -52,6 +52,16 @@ class Batch:
     def num_workers(self) -> int:
         """Workers that hold environments of this batch."""
         return len(self._shares)
+
+    def seed(self, seed: int) -> None:
+        """Seed the environments as if they had been created with ``seed``."""
+        if self._tickets:
+            self.order("")  # raises
+        seeds = _seeds(seed, sum(rows.stop - rows.start for _, rows in self._shares))
+        self._tickets = [
+            worker.order(self._number, "seed", seeds[rows.start : rows.stop]) for worker, rows in self._shares
+        ]
+        self.wait()
 
     def order(self, word: str) -> None:
         """Have all environments ``reset`` or ``step``, or those marked as ending ``restart``, without waiting.
@@ -82,3 +92,8 @@ class Batch:
             worker.order(self._number, "drop")
             POOL.dismiss(worker, rows)
         self._shares = []
+
+
+def _seeds(seed: int, num_envs: int) -> list[int]:
+    """A seed for each environment."""
+    return np.random.SeedSequence(seed).generate_state(num_envs, np.uint64).tolist()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
+from m3po.envs.interface import M3POEnv
 from m3po.errors import UserError
 from m3po_tasks.metaworld.batch import Batch
 from m3po_tasks.metaworld.buffers import Buffers, cut
@@ -39,7 +39,7 @@ class MetaWorldCfg:
     """Version of MuJoCo. Meta-World is written for an older one than the project's."""
 
 
-class MetaWorldVecEnv(VecEnv):
+class MetaWorldVecEnv(M3POEnv):
     """N environments of one task as TD-MPC2 defines it (arXiv 2310.16828), with the goal in the observation.
 
     A decision is repeated for 2 simulator steps, whose rewards are summed; an episode has 100 decisions, is truncated
@@ -79,6 +79,8 @@ class MetaWorldVecEnv(VecEnv):
         self.episode_length_buf = torch.zeros(num_envs, dtype=torch.long, device=device)
         self._obs = self._outputs().obs
 
+    steps_beside = True
+
     def get_observations(self) -> TensorDict:
         """Observation group ``policy``, (N, 39)."""
         return self._group(self._obs)
@@ -90,6 +92,10 @@ class MetaWorldVecEnv(VecEnv):
         self.episode_length_buf = torch.zeros_like(self.episode_length_buf)
         self._obs = self._outputs().obs
         return self.get_observations(), {}
+
+    def seed(self, seed: int) -> None:
+        """Draw goals and objects from a seed from now on."""
+        self._batch.seed(seed)
 
     def reset_envs(self, ids: torch.Tensor) -> TensorDict:
         """Reset some environments, (n,), int64; returns the observations of all."""

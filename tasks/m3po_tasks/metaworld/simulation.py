@@ -33,8 +33,12 @@ class Environment:
         facts = {"env_cls": ALL_V3_ENVIRONMENTS[name], "rand_vec": None, "partially_observable": False}
         self._env.set_task(Task(name, pickle.dumps(facts)))
         self._env.seeded_rand_vec = True
-        self._env.seed(seed)
+        self.seed(seed)
         self._poses = _poses(self._env.model)
+
+    def seed(self, seed: int) -> None:
+        """Draw goals and positions from a seed from now on."""
+        self._env.seed(seed)
 
     def reset(self) -> np.ndarray:
         """Start an episode; returns its first observation, (39,)."""

@@ -28,6 +28,11 @@ class Share:
         for row, environment in enumerate(self.environments):
             self.buffers.obs[row] = environment.reset()
 
+    def seed(self, seeds: list[int]) -> None:
+        """Seed each environment."""
+        for environment, seed in zip(self.environments, seeds, strict=True):
+            environment.seed(seed)
+
     def restart(self) -> None:
         """Reset those that are marked as ending."""
         for row, environment in enumerate(self.environments):
@@ -60,8 +65,7 @@ def obey(connection: Connection) -> None:
             elif order == "drop":
                 del shares[batch]
             else:
-                share = shares[batch]
-                {"reset": share.reset, "restart": share.restart, "step": share.step}[order]()
+                getattr(shares[batch], order)(*details)
             connection.send(None)
     except (EOFError, ConnectionError):
         return

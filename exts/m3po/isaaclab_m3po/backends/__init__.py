@@ -1,1 +1,0 @@
-"""Backends of Isaac Lab's command line: modules with ``run(argv)``, named in :mod:`isaaclab_m3po.registration`."""
