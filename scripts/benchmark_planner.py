@@ -46,7 +46,7 @@ class UnequalWork(M3POError):
 
 
 class Ours(Contestant):
-    """Our planner with its fused roll-out."""
+    """Our planner."""
 
     label, precision = "M3PO", "float32"
     notes = "candidates follow the policy closed-loop, which the peers' do not: the policy is evaluated in every step"
@@ -81,22 +81,8 @@ class OursBfloat16(Ours):
     label, precision, low_precision = "M3PO, bfloat16", "bfloat16", True
 
 
-class OursGeneral(Ours):
-    """The same with the roll-out of any policy and critic."""
-
-    label = "M3PO, general roll-out"
-
-    def __init__(self, setup: Setup, n: int) -> None:
-        """Build the planner for an objective that does not tell its critic."""
-        o = setup.objective
-        cfg = planner_cfg(setup.budget, setup.device)
-        objective = Objective(o.model, o.actor, o.values, o.group_dims, o.discounts, cfg)
-        super().__init__(Setup(objective, *list(vars(setup).values())[1:]), n)
-
-
 CONTESTANTS: dict[str, type] = {
     "ours": Ours,
-    "ours-general": OursGeneral,
     "ours-bf16": OursBfloat16,
     "tdmpc2": Restated,
     "pytorch-mppi": PytorchMppi,
@@ -133,8 +119,7 @@ def make_setup(options: argparse.Namespace) -> Setup:
     critic = MLPModel(obs, groups, "critic", 1, *shared).to(device)
     budget = Budget(options.samples, options.iterations, options.horizon, options.elites, options.policy_samples, GAMMA)
     settings = ({"policy": options.obs_dim}, torch.full((1,), GAMMA, device=device), planner_cfg(budget, device))
-    units = functools.partial(torch.ones_like, dtype=torch.float32)
-    objective = Objective(model.to(device), actor, lambda obs, task: critic(obs).squeeze(-1), *settings, critic, units)
+    objective = Objective(model.to(device), actor, lambda obs, task: critic(obs).squeeze(-1), *settings)
     latent_dim = options.obs_dim + options.features
     return Setup(objective, budget, latent_dim, options.action_dim, options.seed, device)
 

@@ -29,7 +29,7 @@ MODULES = {
     "returns": ("algorithms/returns", "returns"),
     "policy_loss": ("algorithms/policy_loss", "policy_loss"),
     "bonus": ("algorithms/bonus", "bonus"),
-    "objective": ("planning/objective", "objective fused plan_learning"),
+    "objective": ("planning/objective", "objective imagined_returns plan_learning"),
     "planner": ("planning/mppi", "planner"),
     "gates": ("algorithms/gates", "gates hindsight"),
     "hindsight": ("algorithms/hindsight", "hindsight gates plan_learning"),

@@ -165,13 +165,8 @@ class Behaviour:
             print(f"[m3po] planner: {share}, so the policy acted; {listed(environments)}", flush=True)
         return sum(times) / plans
 
-    def refresh(self) -> None:
-        """Say that the networks changed: plans read them anew."""
-        self.planner.refresh()
-
     def rotate(self) -> None:
         """Plan with what was learnt, for the next share of each task's environments, as large as the gates say."""
-        self.refresh()
         for k, rows in enumerate(self._rows):
             self._first[k] = (self._first[k] + self._count[k]) % max(1, len(rows))
         self._choose(self.gates.acting().cpu() if self.gated else torch.ones(self.tasks.count))

@@ -84,7 +84,6 @@ class CheckpointParts:
             self.policy_learner.learning_rate, self.iteration = state["learning_rate"], state["iteration"]
             self.policy_learner.task_rates = torch.tensor(state["task_learning_rates"])
             self.behaviour.load_state_dict(state["behaviour"])
-        self.behaviour.refresh()
         if self.iteration > 0 and self.learns_model:
             self.estimator.predict = self._predicted_value
         return load_cfg.get("iteration", False)
@@ -115,4 +114,3 @@ class CheckpointParts:
         for network in self._networks().values():
             for tensor in network.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
-        self.behaviour.refresh()

@@ -79,8 +79,7 @@ class M3PO(CheckpointParts):
         policy = PolicyOutputs(actor)
         self.estimator = AdvantageEstimator(critic, tasks, cfg)
         values = (self.estimator.values, group_dims, tasks.discounts, cfg.planner)
-        networks = {"critic": critic, "units": self.estimator.units, "action_mask": tasks.action_mask}
-        self.objective = objective = Objective(model, actor, *values, **networks)
+        self.objective = objective = Objective(model, actor, *values, tasks.action_mask)
         self.behaviour = Behaviour(actor, objective, self.gates, cfg.planner, tasks, seed)
         num_rollouts = max(1, round(cfg.world_model.replay_transitions / (storage.num_envs * storage.num_steps)))
         self.replay = ReplayBuffer(storage, num_rollouts, seed)

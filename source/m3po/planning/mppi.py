@@ -7,7 +7,6 @@ z-scored per environment before the softmax, so that scaling all rewards leaves 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,6 @@ import torch
 from m3po.config import PlannerCfg
 from m3po.kernels import elites, sampling
 from m3po.planning.capture import CapturedPlan
-from m3po.planning.fused import FusedReturns, unsupported
 from m3po.planning.objective import Objective
 
 OPERATIONS = {
@@ -100,21 +98,10 @@ class MPPIPlanner:
         self.objective, self.cfg, self.seed = objective, cfg, seed
         self._sample, self._update, self._project = OPERATIONS[cfg.kernels]
         self._graph: CapturedPlan | None = None
-        self._reason = unsupported(objective)
-        self._fused = FusedReturns(objective, cfg.precision) if self._reason is None else None
-
-    def refresh(self) -> None:
-        """Say that weights or statistics changed; the next plan reads them. To be called after every such change."""
-        if self._fused is not None:
-            self._fused.refresh()
 
     @torch.no_grad()
     def plan(self, start: Start) -> Plan:
         """Plan for a batch of environments. Zero iterations return the gradient's plan."""
-        if self._fused is None:
-            _tell(self._reason)
-        else:
-            self._fused.pack()
         if not self.cfg.cuda_graph:
             return self._plan(start)
         if self._graph is None or not self._graph.fits(start):
@@ -178,16 +165,9 @@ class MPPIPlanner:
     def _evaluate(self, start: Start, u: torch.Tensor, rows: slice) -> torch.Tensor:
         z, mu, task, samples = start.z[rows], start.mu[rows], start.task[rows], u.shape[1]
         noise = u[rows] * start.sigma[rows, None, None]
-        if self._fused is not None:
-            return self._fused(z, mu, noise, task)
         z, mu, task, noise = (*(x.repeat_interleave(samples, 0) for x in (z, mu, task)), noise.flatten(0, 1))
         with torch.autocast(u.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16"):
             return self.objective.returns(z, mu + noise[:, 0], task, noise).view(-1, samples)
-
-
-@functools.cache
-def _tell(reason: str) -> None:
-    print(f"[m3po] planner: {reason}, so candidates are imagined by the general form, which is slower", flush=True)
 
 
 def _int(value: int, device: torch.device) -> torch.Tensor:

@@ -31,8 +31,6 @@ class Objective:
         group_dims: dict[str, int],
         discounts: torch.Tensor,
         cfg: PlannerCfg,
-        critic: MLPModel | None = None,
-        units: Callable[[torch.Tensor], torch.Tensor] | None = None,
         action_mask: torch.Tensor | None = None,
     ) -> None:
         """Bind the objective to its networks.
@@ -44,13 +42,10 @@ class Objective:
             group_dims: Observation groups that the model reads, in this order, with their dimensions.
             discounts: Discount of each task, (K,).
             cfg: Horizon, and whether the mean over horizons is taken.
-            critic: Network behind ``values``, if MPPI is to be fast: ``values(obs, task) = critic(obs) * units(task)``.
-            units: Its reward units, of tasks.
             action_mask: Action dimensions that each task has, (K, A), boolean; ``None``: all.
         """
         self.action_mask = action_mask
         self.model, self.actor, self.values, self.group_dims = model, actor, values, group_dims
-        self.critic, self.units = critic, units
         self.discounts, self.horizon, self.average = discounts, cfg.horizon, cfg.average_horizons
 
     def of(self, actor: MLPModel) -> Objective:

@@ -1,4 +1,4 @@
-"""The fused roll-out: the returns of the objective itself, in every form, by the newest networks."""
+"""Returns of candidates, as the planner imagines them in chunks: those of the objective for each of them alone."""
 
 from dataclasses import replace
 
@@ -6,9 +6,7 @@ import pytest
 import torch
 from rsl_rl.models import MLPModel
 from tensordict import TensorDict
-from toy_env import PointEnv, runner_cfg
 
-from m3po.algorithms import M3PO
 from m3po.config import PlannerCfg, WorldModelCfg
 from m3po.models import WorldModel
 from m3po.models.task_policy import TaskMLPModel
@@ -62,7 +60,7 @@ def make(tasks=1, n=6, samples=4, features=16, activation="elu", normalized=True
     def values(obs, task):
         return critic(obs).squeeze(-1) * units(task)
 
-    objective = Objective(model, actor, values, GROUPS, discounts, cfg, critic, units)
+    objective = Objective(model, actor, values, GROUPS, discounts, cfg)
     with torch.no_grad():
         z = objective.encode(obs, task)
     mu, sigma = torch.randn(n, ACTIONS), 0.2 + torch.rand(n, ACTIONS)
@@ -84,7 +82,6 @@ def deviation(planner, start, u):
     """Largest difference, in units of the largest return of the task."""
     expected = reference(planner, start, u)
     assert expected.std() > 0
-    assert planner._fused is not None
     error = (planner.evaluate(start, u) - expected).abs()
     return max(
         (error[start.task == k].max() / expected[start.task == k].abs().max()).item() for k in start.task.unique()
@@ -128,7 +125,6 @@ def test_terminations_end_a_return():
     output = planner.objective.model.transition[-1]
     with torch.no_grad():
         output.weight[-1], output.bias[-1] = 0.0, 50.0  # every step is a fall
-    planner.refresh()
     terminal = planner.objective.model.falls.terminal[0].expand_as(u[..., 0, 0])
     torch.testing.assert_close(planner.evaluate(start, u), terminal)
 
@@ -145,92 +141,6 @@ def test_bfloat16_ranks_candidates_alike():
 @pytest.mark.usefixtures("float64")
 def test_float64():
     assert deviation(*make(tasks=3)) < 1e-12
-
-
-def test_a_model_without_a_fused_form_is_imagined_by_the_objective_and_said_once(capsys):
-    planner, start, u = make()
-    module._tell.cache_clear()
-    planner.objective.critic = None
-    general = MPPIPlanner(planner.objective, planner.cfg, 0)
-    for _ in range(2):
-        plan = general.plan(start)
-    assert capsys.readouterr().out.count("the critic behind the values is not known") == 1
-    torch.testing.assert_close(planner.plan(start).mean, plan.mean)
-    torch.testing.assert_close(general.evaluate(start, u), reference(planner, start, u))
-
-
-def test_copies_keep_their_places_and_leave_inference_mode():
-    planner, start, u = make(tasks=3)
-    with torch.inference_mode():
-        planner.plan(start)
-    fused = planner._fused
-    places = [t.data_ptr() for t in (*fused._tables.values(), *fused._actor.layers.tensors.values())]
-    randomise(planner.objective.actor)
-    planner.refresh()
-    assert deviation(planner, start, u) < 1e-5
-    assert places == [t.data_ptr() for t in (*fused._tables.values(), *fused._actor.layers.tensors.values())]
-
-
-def algorithm(seed=1):
-    env = PointEnv(num_envs=8)
-    torch.manual_seed(seed)
-    cfg = runner_cfg(planner={"share": 1.0, "max_learning_kl": 0.0}) | {"seed": seed}
-    alg = M3PO.construct_algorithm(env.get_observations(), env, cfg, "cpu")
-    alg.train_mode()
-    return alg, env
-
-
-def exact(alg, env, planner=None):
-    """Whether a planner's returns are those of the networks of now."""
-    planner = planner or alg.behaviour.planner
-    obs, ids = env.get_observations(), torch.arange(env.num_envs)
-    with torch.no_grad():
-        mu = planner.objective.actor(obs)
-        z = planner.objective.encode(obs, torch.zeros_like(ids))
-    mask = torch.ones_like(mu, dtype=torch.bool)
-    start = Start(z, mu, torch.ones_like(mu), torch.zeros_like(mu), torch.zeros_like(ids), ids, torch.tensor(0), mask)
-    return deviation(planner, start, torch.randn(len(mu), 4, planner.cfg.horizon, mu.shape[1])) < 1e-5
-
-
-def rollout(alg, env):
-    with torch.inference_mode():
-        obs = env.get_observations()
-        for _ in range(8):
-            obs, *outcome = env.step(alg.act(obs))
-            alg.process_env_step(obs, *outcome)
-        alg.compute_returns(obs)
-    return alg.update()
-
-
-def test_planning_uses_what_was_just_learnt_loaded_or_received(monkeypatch):
-    alg, env = algorithm()
-    assert exact(alg, env)
-    rollout(alg, env)
-    assert exact(alg, env)
-    other, _ = algorithm(seed=2)
-    assert exact(other, env)
-    other.load(alg.save(), None, strict=True)
-    assert exact(other, env)
-
-    def receive(tensor, src):
-        if tensor.is_floating_point():
-            tensor.mul_(1.1)
-
-    monkeypatch.setattr(torch.distributed, "broadcast", receive)
-    other.broadcast_parameters()
-    assert exact(other, env)
-
-
-def test_a_played_planner_reads_the_policy_it_was_given():
-    alg, env = algorithm()
-    alg.inference_policy("planner")(env.get_observations())
-    rollout(alg, env)
-    policy = alg.inference_policy("planner")
-    policy(env.get_observations())
-    planner = next(
-        cell.cell_contents for cell in policy.__wrapped__.__closure__ if hasattr(cell.cell_contents, "planner")
-    ).planner
-    assert exact(alg, env, planner)
 
 
 def test_zero_iterations_are_the_plan_of_the_gradient():
