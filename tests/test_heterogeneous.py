@@ -11,8 +11,8 @@ import torch
 from conftest import REPOSITORY
 from toy_scene import make_scene
 
-from isaaclab_m3po import heterogeneous
-from isaaclab_m3po.heterogeneous import HeterogeneousVecEnv, scene_tasks
+from isaaclab_m3po.contrib import heterogeneous
+from isaaclab_m3po.contrib.heterogeneous import HeterogeneousVecEnv, scene_tasks
 from m3po.algorithms.tasks import Tasks
 from m3po.envs.multi_task import task_discount
 from m3po.errors import M3POError, UserError

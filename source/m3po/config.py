@@ -33,7 +33,8 @@ class WorldModelCfg:
     """Learnt dimensions of the latent beside the observation; a multiple of 8. 0: the observation is the latent."""
 
     width: int = 256
-    """Units of each hidden layer; the anchored form's encoder has a quarter of them."""
+    """Units of each hidden layer, at most: they are as many as in the policy's widest one, and 64 at least. The
+    anchored form's encoder has a quarter of them."""
 
     task_embedding_dim: int = 16
     """Dimensions of the learnable task embedding (norm 1)."""
@@ -76,9 +77,6 @@ class PlannerCfg:
 
     num_states: int = 4096
     """Observations that are planned at while learning: the rollout's, and up to three times as many stored ones."""
-
-    learning_rate: float = 1e-3
-    """First step size of the policy's regression onto the plans."""
 
     share: float = 0.25
     """Largest share of the environments that act by a plan, in [0, 1]; which ones rotates with every rollout."""
@@ -180,6 +178,10 @@ class AlgorithmCfg:
     max_grad_norm: float = 1.0
     """Gradient clipping threshold of policy, critic and world model, each."""
 
+    noise_dims: float = 2.0
+    """The first std of the actions is the task's own, times ``sqrt(noise_dims / A)`` where a task has more dimensions
+    A: the noise of all of them together is as large as that of so many. ``inf``: the task's own everywhere."""
+
     std_learning_rate: float = 4e-3
     """Adam's step size of the logarithm of the action std. 0: it follows the policy's, as in rsl_rl."""
 
@@ -258,6 +260,7 @@ REMOVED = {
         **dict.fromkeys(("max_noise", "min_std", "chunk_rows"), "nothing: it is a constant"),
         **dict.fromkeys(("stages", "min_skill", "min_reward_ev"), "nothing: the share follows the realised gain"),
         "epilogues": "nothing",
+        "learning_rate": "nothing: the step size follows what the policy can follow",
     },
     "BonusCfg": {
         "alpha": "size",

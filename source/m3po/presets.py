@@ -30,6 +30,7 @@ def paper() -> AlgorithmCfg:
         ratio="prior",
         advantage="vtrace",
         value_loss_coef=1.0,
+        noise_dims=math.inf,
         std_learning_rate=0.0,
         policy_average_decay=0.0,
         world_model=WorldModelCfg(
@@ -107,7 +108,7 @@ def describe(algorithm: AlgorithmCfg, mode: str, device: str) -> str:
     where = "learning and acting" if planner.max_learning_kl > 0 else "acting"
     iterations = f"{planner.num_iterations} iteration{'' if planner.num_iterations == 1 else 's'}"
     return (
-        f"[m3po] preset: {mode}, {device} (latent: {' and '.join(parts)}, width {model.width}; "
+        f"[m3po] preset: {mode}, {device} (latent: {' and '.join(parts)}, width at most {model.width}; "
         f"{model.steps_per_iteration} model and {critic.steps_per_iteration} critic steps per rollout)\n"
         f"[m3po] planner: while {where}, horizon {planner.horizon}, {planner.num_samples} candidates x {iterations}, "
         f"at most {planner.share:.0%} of the environments\n"

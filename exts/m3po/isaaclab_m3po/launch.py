@@ -96,7 +96,8 @@ class IsaacJob(Job):
         from isaaclab.utils import to_dict, validate
         from isaaclab_rl.entrypoints.common import apply_env_overrides
 
-        from . import agents, heterogeneous
+        from . import agents
+        from .contrib import heterogeneous
         from .overrides import resolve_configurations
         from .registration import ENTRY_POINTS
         from .tasks import resolve_task
@@ -163,7 +164,7 @@ class IsaacJob(Job):
         from isaaclab.utils.seed import configure_seed
         from isaaclab_rl.entrypoints.common import close_env, create_isaaclab_env
 
-        from .heterogeneous import per_task
+        from .contrib.heterogeneous import per_task
         from .vec_env import IsaacVecEnv
 
         env_cfg, failure = self.env_cfg, None
@@ -200,7 +201,7 @@ class IsaacJob(Job):
 
     def conditioned_on(self) -> list[str] | None:
         """The tasks of a scene of several; see :meth:`Job.conditioned_on`."""
-        from .heterogeneous import task_names
+        from .contrib.heterogeneous import task_names
 
         return task_names(self.names[0])
 

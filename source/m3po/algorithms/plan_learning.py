@@ -33,8 +33,8 @@ plans."""
 EXPECTED_KL = 0.5
 """KL that the regression is expected to move the policy by, as a share of the plans'."""
 
-RATES = (1e-5, 1e-2)
-"""Bounds of the regression's step size."""
+FIRST_RATE, RATES = 1e-3, (1e-5, 1e-2)
+"""First step size of the regression, and its bounds."""
 
 GOOD_FIT = (0.8, 1.2)
 """Multiples of the regression's movement that need no other step size."""
@@ -83,7 +83,7 @@ class PlanLearner:
         self.cfg, self.stored_steps = cfg.planner, cfg.critic_replay.horizon
         self.num_states = round(cfg.replay_ratio * self.cfg.num_states)
         self.num_mini_batches = cfg.num_mini_batches
-        self.optimizer = torch.optim.Adam(actor.parameters(), lr=self.cfg.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(actor.parameters(), lr=FIRST_RATE, fused=True)
         self.guard = StepGuard("plans", self.optimizer, (actor,), cfg.max_grad_norm)
 
     def plan(self, st: RolloutStorage, replay: ReplayBuffer) -> tuple[Plans | None, dict[str, float]]:

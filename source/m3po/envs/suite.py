@@ -40,11 +40,8 @@ class TaskInfo:
     reports_success: bool = False
     """Whether ``extras["success"]``, (N,), holds the success of episodes that end in a step; it is the score then."""
 
-    init_std: float = 1.0
-    """Std of the actions that the default mode begins with."""
-
-    ppo_std: float = 1.0
-    """Std of the actions that PPO and the paper mode begin with."""
+    first_std: float = 1.0
+    """Std of the actions that a PPO of the task's own begins with."""
 
 
 class Suite(Protocol):

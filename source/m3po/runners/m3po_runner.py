@@ -29,11 +29,11 @@ from m3po.runners.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from m3po.runners.checkpointing import CheckpointingRunner
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
 from m3po.runners.quarantine import Quarantine
 from m3po.runners.reporting import Reporter, console_block, console_line
+from m3po.runners.resumable_runner import ResumableRunner
 from m3po.runners.task_transfer import describe_tasks, described_tasks, transferred
 from m3po.stopping import StopSignals
 from m3po.stopwatch import Stopwatch
@@ -58,7 +58,7 @@ class Evaluator(Protocol):
         """Release what the evaluator holds."""
 
 
-class M3PORunner(CheckpointingRunner):
+class M3PORunner(ResumableRunner):
     """Runs M3PO, or rsl_rl's own PPO in the same harness.
 
     ``log_dir`` receives ``model_<iteration>.pt`` every ``save_interval``, the newest of which are kept, and

@@ -32,7 +32,7 @@ RUNNER_STATE = ("env_steps", "seconds", "best_return", "first_iteration")
 """Attributes that a checkpoint holds."""
 
 
-class CheckpointingRunner(OnPolicyRunner):
+class ResumableRunner(OnPolicyRunner):
     """The part of :class:`~m3po.runners.M3PORunner` that saves, loads and resumes (docs/checkpoints.md)."""
 
     KEPT = 10

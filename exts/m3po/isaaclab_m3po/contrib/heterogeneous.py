@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from isaaclab.envs import ManagerBasedRLEnv
     from isaaclab_rl.rsl_rl import RslRlMLPModelCfg, RslRlVecEnvWrapper
 
-    from .vec_env import IsaacVecEnv
+    from ..vec_env import IsaacVecEnv
 
 PACKAGE = "isaaclab_tasks.contrib.multitask_manipulation."
 """Isaac Lab's package whose tasks are such scenes."""
@@ -103,7 +103,7 @@ def episode_lengths(env_cfg: Any) -> list[int]:
 
 def attach(task: str) -> None:
     """Replace M3PO's agents of a heterogeneous scene by ones for several tasks; other tasks keep theirs."""
-    from .registration import ENTRY_POINTS
+    from ..registration import ENTRY_POINTS
 
     if is_heterogeneous(task):
         kwargs = gym.registry[task].kwargs
@@ -140,7 +140,7 @@ def __getattr__(name: str) -> Callable[[], Any]:
     """Resolve the names that :func:`attach` puts into the registry; they are those of :mod:`~isaaclab_m3po.agents`."""
     if "[" not in name:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    from . import agents
+    from .. import agents
 
     load = getattr(agents, name)
     return lambda: _for_several_tasks(load())

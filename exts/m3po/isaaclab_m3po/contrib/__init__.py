@@ -1,0 +1,1 @@
+"""What single scenes of other packages need."""
