@@ -1,11 +1,6 @@
 """Measured gates: how far a part may go, of each task, while the run goes on. Nothing else switches parts on or off.
 
-| part | measured before it acts | what follows |
-|---|---|---|
-| plans | how much real advantages rise along the model's gradient | their length; steps of the world model |
-| plans that are acted on | advantage of planned environments over the others | their share; length while playing |
-| PPO's update, and plans | what an update was worth on the rollout after it | their KL budgets; rollouts per update |
-| bonus | share of episodes with a reward | its weight |
+docs/algorithm.md has a table of what each of them measures, and what follows.
 """
 
 from __future__ import annotations

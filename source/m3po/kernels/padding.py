@@ -8,26 +8,6 @@ import warp as wp
 from m3po.kernels.launch import launch
 
 
-def pad_observations_torch(
-    out: torch.Tensor,
-    obs_mask: torch.Tensor,
-    action_mask: torch.Tensor,
-    flat_obs: torch.Tensor,
-    offsets: torch.Tensor,
-    task: torch.Tensor,
-    obs_dims: torch.Tensor,
-    action_dims: torch.Tensor,
-    embedding: torch.Tensor,
-) -> None:
-    """Reference of :func:`pad_observations`."""
-    columns = torch.arange(obs_mask.shape[1], device=out.device)
-    obs_mask.copy_(columns < obs_dims[task].unsqueeze(1))
-    action_mask.copy_(torch.arange(action_mask.shape[1], device=out.device) < action_dims[task].unsqueeze(1))
-    index = (offsets.unsqueeze(1) + columns).clamp(max=max(0, flat_obs.shape[0] - 1))
-    out[:, : obs_mask.shape[1]] = torch.where(obs_mask, flat_obs[index], 0.0)
-    out[:, obs_mask.shape[1] :] = embedding[task]
-
-
 @wp.kernel(enable_backward=False, module="m3po_padding")
 def padding_kernel(
     out: wp.array2d(dtype=wp.float32),

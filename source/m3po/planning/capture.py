@@ -22,7 +22,7 @@ class CapturedPlan:
             plan: Function to capture; it allocates nothing after its first call and never waits for the host.
             start: Inputs of the shapes that all replays will have.
         """
-        self._start = type(start)(**{k: None if v is None else v.clone() for k, v in _fields(start).items()})
+        self._start = type(start)(**{name: value.clone() for name, value in _fields(start).items()})
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -35,17 +35,16 @@ class CapturedPlan:
 
     def fits(self, start: Any) -> bool:
         """Whether inputs have the shapes of the capture."""
-        here, there = _fields(start), _fields(self._start)
-        return all(value is None or value.shape == there[name].shape for name, value in here.items())
+        there = _fields(self._start)
+        return all(value.shape == there[name].shape for name, value in _fields(start).items())
 
     def replay(self, start: Any) -> Any:
         """Copy the inputs and replay. Returns what the captured call returned, in the same buffers."""
         for name, value in _fields(start).items():
-            if value is not None:
-                getattr(self._start, name).copy_(value)
+            getattr(self._start, name).copy_(value)
         self._graph.replay()
         return self._result
 
 
-def _fields(start: Any) -> dict[str, torch.Tensor | None]:
+def _fields(start: Any) -> dict[str, torch.Tensor]:
     return {f.name: getattr(start, f.name) for f in dataclasses.fields(start)}
