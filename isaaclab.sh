@@ -4,6 +4,7 @@
 #   ./isaaclab.sh -p scripts/train.py --task Isaac-Ant-v0 --algo m3po
 #   ./isaaclab.sh -p -m pytest
 #   ./isaaclab.sh train --rl_library m3po --task Isaac-Ant
+#   ./isaaclab.sh --install                                    (sets it up, and no more)
 #
 # With ISAACLAB_PATH set, the Isaac Lab checkout in that folder is used instead, with its own environment, into which
 # the first call installs this project (pip install --no-deps --editable).
@@ -125,6 +126,10 @@ if ! is_ready; then
     (bootstrap) 9<"$root/requirements.txt"
 fi
 
+if [[ "${1:-}" == --install || "${1:-}" == -i ]]; then
+    say "all packages of the lock are installed in $venv"
+    exit 0
+fi
 # Isaac Lab's command line takes its interpreter from here, not from an environment the user happens to be in
 export VIRTUAL_ENV="$venv"
 if [[ "${1:-}" == -p && $# -gt 1 ]]; then

@@ -151,6 +151,14 @@ def test_everything_but_python_goes_to_isaac_labs_command_line(machine: Machine)
     assert out[2:] == ["OMP_NUM_THREADS=3", "-P", "-m", "isaaclab", "train", "--rl_library", "m3po"]
 
 
+@pytest.mark.parametrize("option", ["--install", "-i"])
+def test_asked_to_install_it_does_that_and_no_more(machine: Machine, option: str) -> None:
+    result = machine.with_uv().launch(option)
+    assert result.rc == 0 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].endswith(f"packages of the lock are installed in {machine.project / '.venv'}")
+    assert any(call.startswith("uv pip sync") for call in machine.calls())
+
+
 def test_python_replaces_the_launcher_so_that_signals_reach_it(machine: Machine) -> None:
     machine.with_uv().launch("--help")
     command = [str(machine.project / "isaaclab.sh"), "-p", "x.py"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_process
 
 from m3po.config import REMOVED, AlgorithmCfg
 from m3po.presets import MODES, sized, suite_runner_cfg
@@ -107,3 +109,30 @@ def test_overrides_on_pages_are_fields_of_today():
             found = re.findall(r"agent\.algorithm\.([\w.]*\w)", page.read_text(encoding="utf-8"))
             sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
             assert set(found) <= names | sections, page.name
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation as a site; what a page refers to and lacks is a failure."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    result = run_process(command, timeout=120, cwd=REPOSITORY)
+    assert result.rc == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_the_site_has_every_page_and_the_readme_as_its_first(site):
+    pages = {path.parent.name for path in site.rglob("index.html")}
+    assert {page.stem for page in PAGES if page.name != "README.md"} <= pages
+    assert "Two commands" in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_site_documents_every_field_of_the_configuration(site):
+    text = (site / "configuration" / "index.html").read_text(encoding="utf-8")
+    assert [name for name in leaves(AlgorithmCfg()) if f".{name.split('.')[-1]}" not in text] == []
+
+
+def test_no_picture_of_the_site_is_missing(site):
+    for page in site.rglob("*.html"):
+        for source in re.findall(r'<img[^>]* src="([^"]+)"', page.read_text(encoding="utf-8")):
+            assert source.startswith(("http", "data:")) or (page.parent / source).resolve().is_file(), (page, source)
