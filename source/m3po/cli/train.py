@@ -29,6 +29,7 @@ from m3po.manifest import environment_variables, git_revision, package_versions,
 from m3po.presets import describe
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import LAST
+from m3po.runners.log_services import LOGGERS, check_logger
 from m3po.runners.run_folder import MANIFEST, record_resumption
 from m3po.runners.task_transfer import train_embedding_only
 from m3po.stopping import INTERRUPTED, Stop, StopSignals
@@ -96,6 +97,13 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         help="One line per iteration; by default where the output is not a terminal.",
     )
     parser.add_argument(
+        "--logger",
+        choices=LOGGERS,
+        default="tensorboard",
+        help="Service that receives the curves besides TensorBoard's files.",
+    )
+    parser.add_argument("--log_project_name", help="Project there (default: m3po).")
+    parser.add_argument(
         "--eval_interval",
         type=at_least(0),
         default=25,
@@ -115,6 +123,7 @@ def _main(argv: list[str], kind: type[Job]) -> int:
         job = kind.read(_parser(), argv)
         args = job.args
         distributed.check_start(args.in_group)
+        check_logger(args.logger)
         checkpoint = resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
         if args.print_config:
             _find_start(job)
@@ -184,7 +193,8 @@ def fast_matrix_products() -> Iterator[None]:
 def _report_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options of what is reported, as fields of a runner's configuration."""
     settings = {name: getattr(args, name) for name in ("eval_interval", "keep_checkpoints")}
-    return settings if args.quiet is None else settings | {"quiet": args.quiet}
+    chosen = {name: getattr(args, name) for name in ("quiet", "logger", "log_project_name")}
+    return settings | {name: value for name, value in chosen.items() if value is not None}
 
 
 def _find_start(job: Job) -> tuple[Path, Path] | None:

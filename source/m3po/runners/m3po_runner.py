@@ -31,6 +31,7 @@ from m3po.runners.checkpoint import (
 )
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
+from m3po.runners.log_services import make_writer
 from m3po.runners.quarantine import Quarantine
 from m3po.runners.reporting import Reporter, console_block, console_line
 from m3po.runners.resumable_runner import ResumableRunner
@@ -106,7 +107,7 @@ class M3PORunner(ResumableRunner):
         self.stop = stop or StopSignals()
         self.all_envs = sum(distributed.collected(env.num_envs))
         """Environments of all processes."""
-        self.reporter = Reporter(log_dir)
+        self.reporter = Reporter(log_dir, lambda folder: make_writer(folder, self.cfg, self.env.cfg))
         self.quarantine = Quarantine(self.env, self.cfg, log_dir, self.device)
         self.statistics = EpisodeStatistics.of(env, device)
         self.quiet = self.cfg.get("quiet", not sys.stdout.isatty())

@@ -6,10 +6,14 @@ import csv
 import datetime
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from rsl_rl.utils import LogWriter
 from torch.utils.tensorboard import SummaryWriter
+
+from m3po.runners.checkpoint import BEST, LAST
 
 COLUMNS = (
     "iteration",
@@ -62,9 +66,15 @@ ENV_STEPS = "/env_steps"
 class Reporter:
     """Writes one row per iteration everywhere it belongs."""
 
-    def __init__(self, log_dir: str | None) -> None:
-        """Open the files below ``log_dir``; without one, only the console is written."""
+    def __init__(self, log_dir: str | None, writer: Callable[[Path], SummaryWriter] = SummaryWriter) -> None:
+        """Open nothing yet.
+
+        Args:
+            log_dir: Folder of the files; without one, only the console is written.
+            writer: Makes the writer of the curves, once there is something to write.
+        """
         self.log_dir = Path(log_dir) if log_dir else None
+        self._make_writer = writer
         self._writer: SummaryWriter | None = None
         self._file: TextIO | None = None
         self._csv: csv.DictWriter | None = None
@@ -91,7 +101,7 @@ class Reporter:
         tasks = _tasks_of(row)
         flat = {**row, **{f"loss/{k}": v for k, v in losses.items()}, **metrics}
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.log_dir), flush_secs=10)
+            self._writer = self._make_writer(self.log_dir)
             self._file = open(self.log_dir / "progress.csv", "a+", newline="", encoding="utf-8")  # noqa: SIM115
             self._file.seek(0)
             columns = next(csv.reader(self._file), None)  # those of a run that goes on
@@ -111,7 +121,7 @@ class Reporter:
             tag = TAGS.get(name, name if "/" in name else f"Perf/{name}")
             self._writer.add_scalar(tag.replace("loss/", "Loss/"), value, step)
         for name in ("mean_return", "mean_step_reward"):
-            if name in row:
+            if name in row and not isinstance(self._writer, LogWriter):  # services have one step for all curves
                 self._writer.add_scalar(f"Train/{name}{ENV_STEPS}", row[name], int(row["env_steps"]))
         if tasks:
             self._report_tasks(row, tasks)
@@ -171,6 +181,11 @@ class Reporter:
     def close(self) -> None:
         """Close the files."""
         if self._writer is not None:
+            if isinstance(self._writer, LogWriter):
+                for path in (self.log_dir / name for name in (LAST, BEST)):
+                    if path.exists():
+                        self._writer.save_model(str(path), 0)
+                self._writer.stop()
             self._writer.close()
             self._file.close()
             self._writer = None
