@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from m3po.errors import UserError
 
 
 class Camera(Protocol):
@@ -21,6 +24,13 @@ class Camera(Protocol):
 
     def frame(self) -> np.ndarray:
         """The environment as it is now, uint8 (height, width, 3)."""
+
+
+def require_packages(option: str, extra: str, *modules: str) -> None:
+    """Check that the packages of an optional dependency are installed, before anything is simulated."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"{option} needs {' and '.join(missing)}, which the extra m3po[{extra}] installs.")
 
 
 @contextlib.contextmanager
@@ -44,3 +54,49 @@ def recorded(camera: Camera, path: Path, num_frames: int) -> Iterator[Callable[[
         finally:
             file.close()
     print(f"[m3po] video: {path} ({count} frames)")
+
+
+class TrainingFilms:
+    """Films of a training: one begins every so many steps. To be called after each step."""
+
+    def __init__(
+        self,
+        films: Callable[[Path], Iterable[contextlib.AbstractContextManager[Callable[[], None]]]],
+        folder: Path,
+        interval: int,
+        length: int,
+        done: Callable[[Path], None],
+    ) -> None:
+        """Begin with the next step.
+
+        Args:
+            films: Films of a file's name, as :meth:`m3po.cli.job.Job.films`.
+            folder: Receives ``step_<number>.mp4``; created if need be.
+            interval: Steps from the beginning of one to that of the next.
+            length: Steps of each.
+            done: Told of each finished file.
+        """
+        self._films, self._folder, self._interval, self._length, self._done = films, folder, interval, length, done
+        self._step, self._hooks, self._open = 0, [], contextlib.ExitStack()
+
+    def __call__(self) -> None:
+        """Film the state after a step, if it is time to."""
+        if self._step % self._interval == 0:
+            self.close()
+            self._folder.mkdir(exist_ok=True)
+            taken = len(list(self._folder.glob(f"step_{self._step}[_.]*")))  # by the run before it was resumed
+            self._path = self._folder / f"step_{self._step}{f'_{taken + 1}' if taken else ''}.mp4"
+            self._hooks = [self._open.enter_context(film) for film in self._films(self._path)]
+        for hook in self._hooks:
+            hook()
+        self._step += 1
+        if self._hooks and self._step % self._interval >= self._length:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the film that is being made."""
+        self._open.close()
+        if self._hooks:
+            self._hooks = []
+            for path in self._folder.glob(f"{self._path.stem}*.mp4"):
+                self._done(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import m3po
 from m3po.cli.arguments import Parser, at_least, guarded
+from m3po.cli.film import require_packages
 from m3po.cli.job import Job, add_task_arguments, resolve_checkpoint
 from m3po.cli.suite_job import kind_of_job
 from m3po.cli.trained_agent import trained_agent
@@ -106,13 +106,6 @@ def _choose_outputs(args: argparse.Namespace, checkpoint: Path) -> Outputs:
     return outputs
 
 
-def _require(option: str, extra: str, *modules: str) -> None:
-    """Check that the packages of an optional dependency are installed, before anything is simulated."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(f"{option} needs {' and '.join(missing)}, which the extra m3po[{extra}] installs.")
-
-
 def check_policy(policy: str, train_cfg: dict[str, Any]) -> None:
     """Raise ``UserError`` if a runner configuration has no such policy to play."""
     if policy not in policies_of(train_cfg):
@@ -129,9 +122,9 @@ def _main(argv: list[str], kind: type[Job]) -> int:
     if args.policy == "planner" and job.algo != "m3po":
         raise UserError(f"algorithm '{job.algo}' has no planner; use --policy prior.")
     if args.export is not None:
-        _require("--export", "export", "onnx", "onnxruntime")
+        require_packages("--export", "export", "onnx", "onnxruntime")
     if args.video is not None:
-        _require("--video", "video", "imageio_ffmpeg")
+        require_packages("--video", "video", "imageio_ffmpeg")
         job.require_video()
     checkpoint = (resolve_checkpoint(job, args.checkpoint) if args.checkpoint else _newest(job)).resolve()
     outputs = _choose_outputs(args, checkpoint)

@@ -20,6 +20,7 @@ from m3po.algorithms.construction import parse_algorithm_cfg
 from m3po.cli import print_config
 from m3po.cli.arguments import Parser, add_distributed, at_least, folder_name, guarded
 from m3po.cli.evaluate import evaluator
+from m3po.cli.film import TrainingFilms, require_packages
 from m3po.cli.job import Job, add_task_arguments, create_run_dir, find_run, resolve_checkpoint
 from m3po.cli.suite_job import kind_of_job
 from m3po.cli.transfer import add_transfer_arguments, check_start
@@ -102,6 +103,9 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         default="tensorboard",
         help="Service that receives the curves besides TensorBoard's files.",
     )
+    parser.add_argument("--video", action="store_true", help="Film the training, below <run>/videos.")
+    parser.add_argument("--video_length", type=at_least(1), default=200, help="Steps of a film.")
+    parser.add_argument("--video_interval", type=at_least(1), default=2000, help="Steps from one film to the next.")
     parser.add_argument("--log_project_name", help="Project there (default: m3po).")
     parser.add_argument(
         "--eval_interval",
@@ -124,6 +128,9 @@ def _main(argv: list[str], kind: type[Job]) -> int:
         args = job.args
         distributed.check_start(args.in_group)
         check_logger(args.logger)
+        if args.video:
+            require_packages("--video", "video", "imageio_ffmpeg")
+            job.require_video()
         checkpoint = resolve_checkpoint(job, args.checkpoint) if args.checkpoint else None
         if args.print_config:
             _find_start(job)
@@ -157,6 +164,16 @@ def _main(argv: list[str], kind: type[Job]) -> int:
             )
         except ValueError as error:  # rsl_rl's and our own complaints about classes and observation groups
             raise UserError(str(error)) from error
+        if args.video and distributed.is_main():
+            films = TrainingFilms(
+                lambda path: job.films(env, path),
+                run_dir / "videos",
+                args.video_interval,
+                min(args.video_length, args.video_interval),
+                runner.reporter.add_video,
+            )
+            stack.callback(films.close)
+            runner.after_step = films
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)

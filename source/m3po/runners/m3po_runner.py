@@ -112,6 +112,8 @@ class M3PORunner(ResumableRunner):
         self.statistics = EpisodeStatistics.of(env, device)
         self.quiet = self.cfg.get("quiet", not sys.stdout.isatty())
         """Whether a line is printed after each iteration instead of a block."""
+        self.after_step: Callable[[], None] | None = None
+        """Called after each step of the environments, to film them for example."""
         self.best_return = float("-inf")
         self.env_steps, self.seconds = 0, 0.0
         self.first_iteration = 0
@@ -215,6 +217,8 @@ class M3PORunner(ResumableRunner):
             actions = self.quarantine.before(self.alg.act(obs))
         with watch.section("physics"):
             next_obs, rewards, dones, extras = self.env.step(actions.to(self.env.device))
+        if self.after_step is not None:
+            self.after_step()
         answer = next_obs.to(self.device), rewards.to(self.device), dones.to(self.device), extras
         obs, rewards, dones, extras = self.quarantine.after(obs, answer)
         self.alg.process_env_step(obs, rewards, dones, extras)

@@ -74,7 +74,7 @@ class Reporter:
             writer: Makes the writer of the curves, once there is something to write.
         """
         self.log_dir = Path(log_dir) if log_dir else None
-        self._make_writer = writer
+        self._make_writer, self._iteration = writer, 0
         self._writer: SummaryWriter | None = None
         self._file: TextIO | None = None
         self._csv: csv.DictWriter | None = None
@@ -114,7 +114,7 @@ class Reporter:
                 self._csv.writeheader()
         self._csv.writerow({k: _cell(v) for k, v in flat.items()})
         self._file.flush()
-        step = int(row["iteration"])
+        step = self._iteration = int(row["iteration"])
         for name, value in flat.items():
             if name.startswith("task/"):
                 continue
@@ -169,6 +169,11 @@ class Reporter:
         for name in ("return_mean", "length_mean", "success_rate", "score", "score_mean", "score_min"):
             if values.get(name) is not None:
                 self._writer.add_scalar(f"{prefix}_{name}", values[name], iteration)
+
+    def add_video(self, path: Path) -> None:
+        """Send a film to the service that receives the curves, if there is one."""
+        if isinstance(self._writer, LogWriter):
+            self._writer.save_video(path, self._iteration)
 
     def _append(self, filename: str, header: tuple[str, ...], rows: list[tuple]) -> None:
         """Append rows to a file of the run; a new file gets the header first."""
