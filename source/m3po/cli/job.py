@@ -243,7 +243,7 @@ def _select(job: Job, filename: str) -> Path:
         if _is_of(job, run_folder.read_manifest(path.parent), job.agent):
             return path
     raise UserError(
-        f"no run of {', '.join(job.names)} with agent '{job.agent}' in '{job.experiment_dir}' has a {filename}; "
+        f"no run of task '{', '.join(job.names)}' with agent '{job.agent}' in '{job.experiment_dir}' has a {filename}; "
         "train first, or give the path of a checkpoint."
     )
 
