@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from conftest import REPOSITORY, run_process
 from toy_env import PointEnv
 
 from m3po.cli import evaluate
+from m3po.cli.job import _select
 from m3po.cli.suite_job import from_order, make_job
 from m3po.cli.train import fast_matrix_products
 from m3po.envs.interface import M3POEnv, WrappedEnv, as_m3po_env
 from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.errors import UserError
 from m3po.runners import M3PORunner
 from m3po_tasks.dmcontrol.suite import SUITE
 
@@ -133,3 +136,22 @@ def test_a_seed_makes_resets_repeat_themselves() -> None:
     env.close()
     assert torch.equal(observed[0], observed[1])
     assert not torch.equal(observed[0], observed[2])
+
+
+PAPER = "m3po_paper_cfg_entry_point"
+
+
+@pytest.mark.parametrize("agent", ["m3po_cfg_entry_point", PAPER])
+def test_the_latest_checkpoint_is_of_the_same_tasks_algorithm_and_agent(agent: str, tmp_path: Path) -> None:
+    found = make_job(*WALKER, "--log_root", str(tmp_path), "--agent", agent)
+    same = {"tasks": ["walker-walk"], "algorithm": "m3po", "agent": agent}
+    others = ({"tasks": ["walker-run"]}, {"algorithm": "ppo"}, {"agent": PAPER if agent != PAPER else "other"})
+    for k, change in enumerate(({}, *others)):  # the right one is the oldest
+        folder = found.experiment_dir / f"run_{k}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(same | change))
+        (folder / "model_last.pt").touch()
+        os.utime(folder / "model_last.pt", (k, k))
+    assert _select(found, "model_last.pt") == found.experiment_dir / "run_0" / "model_last.pt"
+    with pytest.raises(UserError, match=r"no run of task 'walker-walk' with agent .* has a model_best\.pt"):
+        _select(found, "model_best.pt")
