@@ -479,7 +479,6 @@ class FlatReader:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"noise_dims": 0.0}, "noise_dims must be positive"),
         (
             {"planner": {"max_learning_kl": 0.0}, "world_model": {"steps_per_iteration": 0}},
             "planner.share is 0.25, but the world",

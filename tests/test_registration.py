@@ -151,9 +151,9 @@ def test_the_tasks_own_step_sizes_are_for_its_own_algorithm(facts):
     assert (ant["desired_kl"], ant["value_loss_coef"]) == (0.06, 0.0)
 
 
-def test_the_agents_keep_the_tasks_noise(facts):
+def test_the_default_mode_begins_with_half_of_the_tasks_noise(facts):
     for task, (ppo, default, paper_mode) in facts["noise"].items():
-        assert (default, paper_mode) == (ppo, ppo), task
+        assert (default, paper_mode) == (0.5 * ppo, ppo), task
     assert facts["cuda"]["actor"]["distribution_cfg"]["init_std"] == facts["noise"]["Isaac-Ant"][1]
 
 

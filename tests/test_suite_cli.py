@@ -224,15 +224,15 @@ def test_suites_update_more_often_and_by_less():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "own"),
+    ("tasks", "stds", "own"),
     [
-        ("Isaac-Classic-MT3", 1.0),
-        ("Isaac-Ant-v0,IsaacContrib-Navigation-Flat-AnymalC,walker-walk", [1.0, 0.5, 1.0]),
+        ("Isaac-Classic-MT3", 0.5, 1.0),
+        ("Isaac-Ant-v0,IsaacContrib-Navigation-Flat-AnymalC,walker-walk", [0.5, 0.25, 1.0], [1.0, 0.5, 1.0]),
     ],
 )
-def test_each_isaac_task_of_a_set_begins_with_the_noise_that_it_has_alone(tasks, own):
-    """That of the task's own agent; other suites' tasks have none."""
-    for option, expected in (((), own), (("--algo", "ppo"), own), (("--agent", PAPER), own)):
+def test_each_isaac_task_of_a_set_begins_with_the_noise_that_it_has_alone(tasks, stds, own):
+    """Half of that of the task's own agent, with which PPO and paper mode begin; other suites' tasks have none."""
+    for option, expected in (((), stds), (("--algo", "ppo"), own), (("--agent", PAPER), own)):
         job = make_job("--task", tasks, "--device", "cpu", *option)
         assert job.train_cfg["actor"]["distribution_cfg"]["init_std"] == expected
 

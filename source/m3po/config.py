@@ -178,10 +178,6 @@ class AlgorithmCfg:
     max_grad_norm: float = 1.0
     """Gradient clipping threshold of policy, critic and world model, each."""
 
-    noise_dims: float = 2.0
-    """The first std of the actions is the task's own, times ``sqrt(noise_dims / A)`` where a task has more dimensions
-    A: the noise of all of them together is as large as that of so many. ``inf``: the task's own everywhere."""
-
     std_learning_rate: float = 4e-3
     """Adam's step size of the logarithm of the action std. 0: it follows the policy's, as in rsl_rl."""
 

@@ -30,7 +30,6 @@ def paper() -> AlgorithmCfg:
         ratio="prior",
         advantage="vtrace",
         value_loss_coef=1.0,
-        noise_dims=math.inf,
         std_learning_rate=0.0,
         policy_average_decay=0.0,
         world_model=WorldModelCfg(

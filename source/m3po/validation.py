@@ -8,7 +8,7 @@ from typing import Any
 
 from m3po.config import AlgorithmCfg
 
-UNBOUNDED = ("max_grad_norm", "noise_dims", "planner.max_learning_kl", "planner.max_acting_kl")
+UNBOUNDED = ("max_grad_norm", "planner.max_learning_kl", "planner.max_acting_kl")
 """Numbers that may be infinite: no limit."""
 
 
@@ -91,7 +91,6 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         ("clip_param", cfg.clip_param),
         ("desired_kl", cfg.desired_kl),
         ("max_grad_norm", cfg.max_grad_norm),
-        ("noise_dims", cfg.noise_dims),
         ("planner.full_gain", planner.full_gain),
         ("planner.temperature", planner.temperature),
     )

@@ -32,6 +32,9 @@ CPU_NUM_STEPS = 8
 CPU_MAX_ITERATIONS = 256
 """Training iterations of the default mode on the CPU: 1M environment steps with the two numbers above."""
 
+FIRST_STD = 0.5
+"""First std of the actions in the default mode, relative to that of the task's own agent for PPO."""
+
 ALGORITHM = "m3po.algorithms:M3PO"
 """Class that rsl_rl's runner constructs."""
 
@@ -152,18 +155,32 @@ def runner_cfg(task_cfg: Any, mode: str, device: str) -> Any:
             setattr(algorithm, name, value)
     shared = {name: copy.deepcopy(getattr(task_cfg, name)) for name in _RUNNER_FIELDS}
     cfg = M3PORunnerCfg(device=device, algorithm=_as_configclass(sized(algorithm, device)), **shared)
-    if mode == "default" and device.startswith("cpu"):
-        cfg.num_steps_per_env = CPU_NUM_STEPS
-        cfg.max_iterations = CPU_MAX_ITERATIONS
+    if mode == "default":
+        if device.startswith("cpu"):
+            cfg.num_steps_per_env = CPU_NUM_STEPS
+            cfg.max_iterations = CPU_MAX_ITERATIONS
+        place = _noise(cfg)
+        if place is not None:
+            setattr(*place, first_noise(cfg))
     return cfg
 
 
-def first_std(task_cfg: Any) -> float:
+def first_noise(task_cfg: Any) -> float:
+    """First std of the actions in the default mode, for a task whose own runner configuration this is."""
+    return FIRST_STD * ppo_noise(task_cfg)
+
+
+def ppo_noise(task_cfg: Any) -> float:
     """First std of the actions of a task's own agent, whose runner configuration this is."""
-    actor = getattr(task_cfg.actor, "distribution_cfg", None)
-    # the second one as in older versions of rsl_rl
-    places = (getattr(actor, "init_std", None), getattr(task_cfg.policy, "init_noise_std", None))
-    return next((std for std in places if isinstance(std, (int, float))), 1.0)
+    place = _noise(task_cfg)
+    return 1.0 if place is None else getattr(*place)
+
+
+def _noise(cfg: Any) -> tuple[Any, str] | None:
+    """Where a runner configuration holds the first std of the actions: object and field; ``None``: nowhere."""
+    actor = getattr(cfg.actor, "distribution_cfg", None)
+    places = ((actor, "init_std"), (cfg.policy, "init_noise_std"))  # the second one as in older versions of rsl_rl
+    return next((place for place in places if isinstance(getattr(*place, None), (int, float))), None)
 
 
 def _load(task: str, mode: str) -> Any:

@@ -48,12 +48,12 @@ class IsaacLabSuite:
         from isaaclab_tasks.utils.hydra import resolve_presets
         from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
 
-        from .agents import first_std
+        from .agents import first_noise, ppo_noise
 
         cfg = resolve_presets(load_cfg_from_registry(task, "env_cfg_entry_point"))  # some are a choice of several
         steps = math.ceil(cfg.episode_length_s / (cfg.sim.dt * cfg.decimation))
         agent = resolve_presets(load_cfg_from_registry(task, "rsl_rl_cfg_entry_point"))
-        return TaskInfo(task, None, None, steps, first_std=first_std(agent))
+        return TaskInfo(task, None, None, steps, init_std=first_noise(agent), ppo_std=ppo_noise(agent))
 
     def job(self) -> type[Job]:
         """What a command line for a single task becomes."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from rsl_rl.env import VecEnv
 from rsl_rl.models import MLPModel
-from rsl_rl.modules import Distribution
 from rsl_rl.modules.normalization import EmpiricalNormalization
 from rsl_rl.utils import resolve_class, resolve_obs_groups
 from tensordict import TensorDict
@@ -102,7 +101,6 @@ def build_networks(
     if actor.distribution is None or not hasattr(actor.distribution, "std_range"):
         raise UserError("M3PO's policy must have a Gaussian distribution (actor.distribution_cfg).")
     dims = model_groups(obs, actor, critic, groups)
-    _scale_noise(actor.distribution, tasks.action_mask, cfg.noise_dims)
     # The world model draws its initial weights from a stream of its own: adding it must not change the policy's.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train_cfg.get("seed", 0) + 1)
@@ -117,24 +115,6 @@ def _width(actor: MLPModel, most: int) -> int:
     """Units of the world model's layers: as many as the policy's widest hidden layer, in bounds."""
     widest = max([layer.out_features for layer in list(actor.mlp)[:-1] if isinstance(layer, nn.Linear)], default=most)
     return min(most, max(LEAST_WIDTH, widest))
-
-
-@torch.no_grad()
-def _scale_noise(distribution: Distribution, action_mask: torch.Tensor, noise_dims: float) -> None:
-    """Shrink the first std where a task has more action dimensions; see :attr:`~m3po.config.AlgorithmCfg.noise_dims`.
-
-    Args:
-        distribution: Gaussian of the policy, with one std for all tasks or one for each.
-        action_mask: Dimensions that each task has, (K, A), boolean.
-        noise_dims: Dimensions whose noise is as large as that of all.
-    """
-    factor = (noise_dims / action_mask.sum(1, keepdim=True)).clamp(max=1.0).sqrt()
-    for name, parameter in distribution.named_parameters(recurse=False):
-        factors = factor if parameter.dim() == 2 else factor[0]
-        if name == "std_param":
-            parameter.mul_(factors.to(parameter))
-        elif name == "log_std_param":
-            parameter.add_(factors.to(parameter).log())
 
 
 def parts(obs: TensorDict, env: VecEnv, cfg: dict[str, Any], device: str) -> dict[str, Any]:

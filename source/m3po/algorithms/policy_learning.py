@@ -22,7 +22,7 @@ from m3po.config import AlgorithmCfg
 from m3po.models.task_policy import TaskMLPModel
 from m3po.storage import RolloutStorage
 
-LEAST_STD, LEAST_PART = 0.2, 0.65
+LEAST_STD, LEAST_PART = 0.2, 0.4
 """Smallest std of the actions, and its largest part of the first std: what an update gains shrinks with its square."""
 
 

@@ -229,7 +229,8 @@ def _train_cfg(
         cfg["algorithm"]["gamma"] = sum(discounts) / len(discounts)  # rsl_rl's PPO has one for all tasks
     elif len(infos) == 1:
         cfg["algorithm"].gamma = discounts[0]
-    stds = [info.first_std for info in infos]
+    ours = args.algo == "m3po" and mode == "default"
+    stds = [info.init_std if ours else info.ppo_std for info in infos]
     cfg["actor"]["distribution_cfg"]["init_std"] = stds if len(set(stds)) > 1 else stds[0]
     names = [info.name for info in infos]
     cfg |= {"seed": args.seed or 0, "task": ",".join(names), "algo": args.algo}

@@ -40,8 +40,11 @@ class TaskInfo:
     reports_success: bool = False
     """Whether ``extras["success"]``, (N,), holds the success of episodes that end in a step; it is the score then."""
 
-    first_std: float = 1.0
-    """Std of the actions that a PPO of the task's own begins with."""
+    init_std: float = 1.0
+    """Std of the actions that the default mode begins with."""
+
+    ppo_std: float = 1.0
+    """Std of the actions that PPO and the paper mode begin with."""
 
 
 class Suite(Protocol):
