@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from m3po.errors import UserError
+from m3po.manifest import jsonable
 
 LOGGERS = ("tensorboard", "wandb", "neptune")
 """Choices of ``--logger``; TensorBoard's files are written with each of them."""
@@ -56,8 +57,6 @@ def make_writer(log_dir: Path, cfg: Mapping[str, Any], env_cfg: Any) -> SummaryW
     logger = cfg.get("logger", "tensorboard")
     if logger == "tensorboard":
         return SummaryWriter(str(log_dir), flush_secs=10)
-    from m3po.manifest import jsonable
-
     if logger == "wandb":
         from rsl_rl.utils.wandb_log_writer import WandbLogWriter as Writer
 
