@@ -140,6 +140,21 @@ def test_handlers_are_put_back():
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
+def test_a_late_copy_of_the_signal_does_not_change_the_exit_code():
+    script = """
+import os, signal, sys
+from m3po.stopping import Stop, StopSignals
+try:
+    with StopSignals().caught():
+        os.kill(os.getpid(), signal.SIGTERM)
+except Stop as stop:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    sys.exit(stop.exit_code)
+"""
+    assert run_process([sys.executable, "-c", script], timeout=60).rc == SAVED
+
+
 @contextlib.contextmanager
 def full_disk(size: int):
     """A limit on the size of files that this process writes: what a full disk does, to the writer.

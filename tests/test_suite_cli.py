@@ -384,7 +384,7 @@ def test_two_tasks_train_evaluate_and_play(run_script, tmp_path, capsys):
         assert task["score"] == pytest.approx(task["return_mean"] / 1000.0)
         row = next(line for line in out.splitlines() if line.startswith(f"{name} "))
         assert row.split()[1:] == [
-            *f"{task['return_mean']:.2f} +- {task['return_std']:.2f} 500.0 - {task['score']:.3f}".split()
+            *f"{task['return_mean']:.2f} +- {task['return_std']:.2f} 500.0 0.0% - {task['score']:.3f}".split()
         ]
     scores = {name: task["score"] for name, task in first["tasks"].items()}
     assert first["score_min_task"] == min(scores, key=scores.get)

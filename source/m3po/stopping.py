@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C, the end of a container or a job, and a cluster's warning before it."""
 
 
-TWICE = 0.2
+TWICE = 1.0
 """Seconds within which a signal is not a second one: a cluster may send it to a job and to the job's launcher."""
 
 
@@ -47,7 +47,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Handle the signals inside of this context; needs the main thread."""
+        """Handle the signals inside of this context; needs the main thread.
+
+        After a signal, the outermost context leaves them ignored: a late copy must not change the exit code.
+        """
         # What a shell has made a background job ignore stays ignored.
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in heard}
@@ -55,7 +58,8 @@ class StopSignals:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                restored = self.received is None or handler == self._handle
+                signal.signal(number, handler if restored else signal.SIG_IGN)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
