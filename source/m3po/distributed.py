@@ -8,6 +8,7 @@ path. All processes of a group must make the same calls in the same order.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import time
 import uuid
@@ -62,10 +63,12 @@ def check_start(wanted: bool) -> None:
     """Compare ``--distributed`` with how this process was started.
 
     Raises:
-        UserError: If processes were started that would not be connected, or none were that could be.
+        UserError: If processes were started that would not be connected, none were that could be, or rsl_rl is too old.
     """
     if wanted and "WORLD_SIZE" not in os.environ:
         raise UserError(f"--distributed connects the processes that torchrun starts: {LAUNCH}")
+    if wanted and (version := importlib.metadata.version("rsl-rl-lib")).startswith("5.4."):
+        raise UserError(f"--distributed needs rsl-rl-lib 5.5: the normalisers of {version} know one process alone.")
     if not wanted and (count := started_by_torchrun()) > 1:
         raise UserError(
             f"this is one of {count} processes, which would train {count} agents that know nothing of each other: "

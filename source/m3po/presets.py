@@ -62,6 +62,9 @@ def paper() -> AlgorithmCfg:
 PLAIN_GROUPS = {"actor": ["policy"], "critic": ["policy"]}
 """Observation groups of tasks that bring no configuration of their own."""
 
+FIRST_STD = 0.5
+"""First std of the actions in the default mode, relative to that of a task's own agent for PPO."""
+
 MODES = {"default": AlgorithmCfg, "paper": paper}
 """Mode -> makes its configuration, sized for a CPU."""
 
@@ -114,6 +117,22 @@ def describe(algorithm: AlgorithmCfg, mode: str, device: str) -> str:
         f"[m3po] planner's arithmetic: {planner.kernels} kernels, {planner.precision}"
         f"{', one CUDA graph' if planner.cuda_graph else ''}"
     )
+
+
+def runner_cfg(device: str = "cpu", mode: str = "default") -> dict[str, Any]:
+    """What rsl_rl's ``OnPolicyRunner`` needs to train M3PO on any ``VecEnv`` of one task.
+
+    Policy and critic read the observation group ``policy``; ``obs_groups`` names others.
+
+    Args:
+        device: Torch device name.
+        mode: Key of :data:`MODES`.
+
+    Returns:
+        A dictionary to be changed at will, then given to the runner.
+    """
+    cfg = suite_runner_cfg(False, device, mode)
+    return cfg | {"algorithm": dataclasses.asdict(cfg["algorithm"]) | {"class_name": "m3po.algorithms:M3PO"}}
 
 
 def suite_runner_cfg(multi_task: bool, device: str, mode: str, algo: str = "m3po") -> dict[str, Any]:

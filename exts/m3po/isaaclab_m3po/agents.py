@@ -21,7 +21,7 @@ from isaaclab_rl.rsl_rl import RslRlOnPolicyRunnerCfg
 
 from m3po.config import COMPONENTS, QUARANTINE_SHARE, AlgorithmCfg, from_dict
 from m3po.errors import UserError
-from m3po.presets import MODES, describe, sized
+from m3po.presets import FIRST_STD, MODES, describe, sized
 
 CPU_NUM_ENVS = 512
 """Environments of a run on the CPU, unless the command line says otherwise."""
@@ -31,9 +31,6 @@ CPU_NUM_STEPS = 8
 
 CPU_MAX_ITERATIONS = 256
 """Training iterations of the default mode on the CPU: 1M environment steps with the two numbers above."""
-
-FIRST_STD = 0.5
-"""First std of the actions in the default mode, relative to that of the task's own agent for PPO."""
 
 ALGORITHM = "m3po.algorithms:M3PO"
 """Class that rsl_rl's runner constructs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,7 +23,9 @@ class IsaacLabSuite:
     own_process = True
 
     def tasks(self) -> list[str]:
-        """Ids of all registered tasks that have an agent."""
+        """Ids of all registered tasks that have an agent; none where Isaac Lab is not installed."""
+        if self.missing():
+            return []
         from . import registration  # noqa: F401
         from .tasks import isaaclab_tasks_with
 
@@ -33,15 +36,20 @@ class IsaacLabSuite:
         return {"Isaac-Classic-MT3": ("Isaac-Cartpole", "Isaac-Ant", "Isaac-Humanoid")}
 
     def resolve(self, name: str) -> str | None:
-        """The registered id of a name, with or without its old version suffix."""
+        """The registered id of a name, with or without its old version suffix.
+
+        Where Isaac Lab is not installed, any name that looks like one of its own.
+        """
+        if self.missing():
+            return name if name.startswith("Isaac-") else None
         from . import registration  # noqa: F401
         from .tasks import known_task
 
         return known_task(name)
 
     def missing(self) -> str | None:
-        """Isaac Lab is always installed with us."""
-        return None
+        """The command that installs Isaac Lab, or ``None`` where it is installed."""
+        return None if importlib.util.find_spec("isaaclab") else "pip install 'm3po[isaaclab]'"
 
     def info(self, task: str) -> TaskInfo:
         """Episode length of a task; its sizes are known to its simulation alone."""

@@ -9,7 +9,7 @@ import torch
 from rsl_rl.env import VecEnv
 from rsl_rl.models import MLPModel
 from rsl_rl.modules.normalization import EmpiricalNormalization
-from rsl_rl.utils import resolve_class, resolve_obs_groups
+from rsl_rl.utils import resolve_obs_groups
 from tensordict import TensorDict
 from torch import nn
 
@@ -18,6 +18,7 @@ from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, check_quarantine_share, 
 from m3po.envs.final_observations import ask_for_final_observations
 from m3po.errors import UserError
 from m3po.models import WorldModel
+from m3po.models.class_names import resolve_class
 from m3po.models.normalizers import BoundedNormalization
 from m3po.models.task_policy import TaskMLPModel
 from m3po.storage import RolloutStorage
@@ -130,6 +131,7 @@ def parts(obs: TensorDict, env: VecEnv, cfg: dict[str, Any], device: str) -> dic
         UserError: If the configuration does not fit the environment.
     """
     algorithm, num_steps = parse_algorithm_cfg(cfg["algorithm"]), cfg["num_steps_per_env"]
+    cfg["algorithm"].setdefault("rnd_cfg", None)  # rsl_rl's logger asks for it, before 5.5
     check_cfg(algorithm, env.num_envs, num_steps, device)
     tasks = Tasks.of(env, algorithm.gamma, device)
     actor, critic, model, dims = build_networks(obs, env, cfg, algorithm, tasks, device)

@@ -14,12 +14,12 @@ from typing import Any
 from rsl_rl import algorithms
 from rsl_rl.env import VecEnv
 from rsl_rl.models import MLPModel
-from rsl_rl.utils import resolve_class
 from tensordict import TensorDict
 
 from m3po.algorithms.tasks import Tasks
 from m3po.config import check_quarantine_share
 from m3po.errors import UserError
+from m3po.models.class_names import resolve_class
 from m3po.models.task_policy import TaskMLPModel
 
 BOUNDS = {

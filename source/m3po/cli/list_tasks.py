@@ -97,7 +97,8 @@ def _lines(content: dict[str, Any]) -> Iterable[str]:
     for name, suite in content["suites"].items():
         state = "installed" if suite["install"] is None else f"not installed: {suite['install']}"
         yield f"{name}: {len(suite['tasks'])} tasks, {state}"
-        yield from _table([TaskInfo(**task) for task in suite["tasks"]])
+        if suite["tasks"]:
+            yield from _table([TaskInfo(**task) for task in suite["tasks"]])
         yield ""
     wide = max(map(len, content["sets"]), default=0)
     for name, tasks in content["sets"].items():

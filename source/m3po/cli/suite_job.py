@@ -63,7 +63,8 @@ def handles(argv: Sequence[str]) -> bool:
 
 def kind_of_job(argv: Sequence[str]) -> type[Job]:
     """The kind of job that a command line asks for."""
-    return SuiteJob if handles(argv) else suites()["isaaclab"].job()
+    isaaclab = suites()["isaaclab"]
+    return SuiteJob if handles(argv) or isaaclab.missing() else isaaclab.job()
 
 
 def from_order(order: dict[str, Any]) -> Job:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from rsl_rl.models import MLPModel
 from rsl_rl.modules.distribution import GaussianDistribution
-from rsl_rl.utils import resolve_class
 from tensordict import TensorDict
 from torch import nn
 
 from m3po.errors import UserError
+from m3po.models.class_names import resolve_class
 from m3po.models.normalizers import MEMORY, TaskNormalizer
 
 
