@@ -1,16 +1,12 @@
 """The offline probe: what it records, what it measures, and what it refuses."""
 
 import csv
-import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
+from benchmarks import model as benchmark_model
 from m3po.errors import UserError
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import benchmark_model
 
 TINY = [
     "agent.algorithm.world_model.width=32",

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import benchmark_planner as benchmark
-from benchmark_planner_peers import Budget, PytorchMppi, Restated, Setup, TorchRL, Unavailable
-
+from benchmarks import planner as benchmark
+from benchmarks.planner_peers import Budget, PytorchMppi, Restated, Setup, TorchRL, Unavailable
 from m3po.cli.arguments import guarded
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -165,7 +163,7 @@ def test_cuda_without_cuda_is_an_error(capsys):
 
 
 def test_script_end_to_end(run_script, tmp_path):
-    command = ["scripts/benchmark_planner.py", *TINY, "--num_envs", "4", "1", "--rounds", "2", "--min_seconds", "0"]
+    command = ["-m", "benchmarks", "planner", *TINY, "--num_envs", "4", "1", "--rounds", "2", "--min_seconds", "0"]
     result = run_script([*command, "--output", tmp_path], timeout=120)
     assert result.rc == 0, result.stderr
     assert "TD-MPC2 planner, re-stated" in result.stdout

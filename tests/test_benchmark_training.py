@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import benchmark_training
-from benchmark_runs import Finished, run_python
+from benchmarks import training
+from benchmarks.processes import Finished, run_python
+from m3po.cli.arguments import guarded
 
 COLUMNS = ("time_collect", "time_update", "time_physics", "time_act", "time_plan", "time_policy", "time_model")
 M3PO_ROWS = ((90.0, 60.0, 9.0, 9.0, 0.0, 9.0, 9.0),) + 2 * ((1.0, 1.0, 0.4, 0.1, 0.3, 0.5, 0.6),)
@@ -42,20 +40,20 @@ def line(table, start):
 
 def test_figures_of_a_run_are_those_of_its_later_iterations():
     rows = (*M3PO_ROWS, (8.0, 8.0, 0.4, 0.1, 0.3, 0.5, 0.6))  # an outlier that the median ignores
-    figures = benchmark_training.figures(record(rows=rows), warmup=1)
+    figures = training.figures(record(rows=rows), warmup=1)
     assert figures["steps_per_second"] == pytest.approx(20.0)  # 10 environments x 4 steps in 2 s
     assert figures["ms_per_step"] == pytest.approx(500.0)  # 2 s for 4 steps of all environments
     expected = {"physics": 100, "act": 25, "policy": 125, "plan": 75, "model": 150, "other": 25}
     assert figures["split_ms"] == pytest.approx(expected)
     assert figures["planned"] == 0.5
     # without dropping: totals 150, 2, 2, 16
-    assert benchmark_training.figures(record(rows=rows), warmup=0)["ms_per_step"] == pytest.approx(9.0 / 4 * 1000)
+    assert training.figures(record(rows=rows), warmup=0)["ms_per_step"] == pytest.approx(9.0 / 4 * 1000)
 
 
 def test_rows_are_medians_over_runs_with_ratio_and_criterion():
     runs = [record(), record(scale=2.0, memory=300.0), record(scale=4.0), record("ppo", rows=PPO_ROWS, memory=80.0)]
     runs += [record(num_envs=20, scale=1.5)]
-    m3po, ppo, alone = benchmark_training.summarise(runs, warmup=1)
+    m3po, ppo, alone = training.summarise(runs, warmup=1)
     assert (m3po["algorithm"], m3po["num_envs"], m3po["runs"], m3po["crashed"]) == ("m3po", 10, 3, 0)
     assert (m3po["steps_per_second"], m3po["slowest"], m3po["fastest"]) == pytest.approx((10.0, 5.0, 20.0))
     assert m3po["ms_per_step"] == pytest.approx(1000.0)
@@ -67,19 +65,19 @@ def test_rows_are_medians_over_runs_with_ratio_and_criterion():
     assert alone["steps_per_second"] == pytest.approx(80 / 3)
     assert "ratio_to_ppo" not in alone
 
-    table = benchmark_training.table([m3po, ppo, alone])
+    table = training.table([m3po, ppo, alone])
     words = ["10", "5-20", "1000.00", "0.25", "20.0%", "5.0%", "25.0%", "15.0%", "30.0%", "5.0%", "50%", "300", "-"]
     assert line(table, ["10", "m3po"])[2:] == words
     words = ["40", "40-40", "250.00", "1.00", "40.0%", "10.0%", "40.0%", "0.0%", "0.0%", "10.0%", "0%", "80", "-"]
     assert line(table, ["10", "ppo"])[2:] == words
     assert line(table, ["20", "m3po"])[5] == "-"
-    assert f"{benchmark_training.CRITERION}: 10 environments yes (0.82), 20 environments yes (0.82)" in table
+    assert f"{training.CRITERION}: 10 environments yes (0.82), 20 environments yes (0.82)" in table
     assert "not timed" not in table
 
 
 def test_criterion_fails_where_planning_and_model_cost_more():
     dear = ((1.0, 1.0, 0.2, 0.1, 0.7, 0.3, 0.6),)
-    table = benchmark_training.table(benchmark_training.summarise([record(rows=dear)], 0))
+    table = training.table(training.summarise([record(rows=dear)], 0))
     assert "10 environments NO (1.86)" in table  # 1.3 of 2 s
 
 
@@ -87,18 +85,18 @@ def test_parts_that_are_not_timed_are_named_and_left_in_other():
     run = record()
     for name in ("time_act", "time_policy", "time_model"):
         del run["iterations"][name]
-    rows = benchmark_training.summarise([run], 1)
+    rows = training.summarise([run], 1)
     assert rows[0]["split_ms"] == pytest.approx({"physics": 100, "plan": 75, "other": 325})
-    table = benchmark_training.table(rows)
+    table = training.table(rows)
     assert "contained in 'other': act, policy, model" in table
     assert "not measured" in table
 
 
 def test_plot_is_written_with_crashes_too(tmp_path):
     crashed = {"algorithm": "ppo", "num_envs": 20, "crashed": True}
-    rows = benchmark_training.summarise([record(), record("ppo", rows=PPO_ROWS), record(num_envs=20), crashed], 1)
-    benchmark_training.plot(rows, "task", tmp_path / "some.png")
-    benchmark_training.plot(benchmark_training.summarise([crashed], 1), "task", tmp_path / "none.png")
+    rows = training.summarise([record(), record("ppo", rows=PPO_ROWS), record(num_envs=20), crashed], 1)
+    training.plot(rows, "task", tmp_path / "some.png")
+    training.plot(training.summarise([crashed], 1), "task", tmp_path / "none.png")
     assert (tmp_path / "some.png").stat().st_size > 10_000
     assert (tmp_path / "none.png").stat().st_size > 0
 
@@ -125,7 +123,7 @@ def calls(monkeypatch):
             writer.writerows((*row, "") for row in (M3PO_ROWS if "m3po" in arguments else PPO_ROWS))
         return Finished(0, "[m3po] preset: default, cpu\n", 123.0)
 
-    monkeypatch.setattr(benchmark_training, "run_python", fake)
+    monkeypatch.setattr(training, "run_python", fake)
     return calls
 
 
@@ -133,7 +131,7 @@ def calls(monkeypatch):
 def benchmark(tmp_path):
     """Call the benchmark's command; returns its exit code."""
     fixed = ["--task", "Isaac-Ant-v0", "--num_steps", "4", "--iterations", "3", "--warmup", "1"]
-    return lambda *more: benchmark_training.main([*fixed, "--output", str(tmp_path), *more])
+    return lambda *more: guarded(training.main, [*fixed, "--output", str(tmp_path), *more])
 
 
 def test_every_round_runs_everything_once_in_another_order(calls, benchmark, tmp_path):
@@ -206,7 +204,7 @@ def test_mistake_gets_one_line_and_exit_code_2(calls, benchmark, capsys, options
 
 def test_unknown_task_is_a_mistake_that_leaves_nothing(run_script, tmp_path):
     options = ("--task", "Isaac-Antt-v0", "--num_envs", "8", "--output", str(tmp_path))
-    result = run_script(["scripts/benchmark_training.py", *options], timeout=120)
+    result = run_script(["-m", "benchmarks", "training", *options], timeout=120)
     assert result.rc == 2
     assert result.stderr.startswith("error: unknown task 'Isaac-Antt-v0'. Closest: Isaac-Ant,")
     assert len(result.stderr.splitlines()) == 1
@@ -228,7 +226,7 @@ def test_both_algorithms_are_measured(run_script, tmp_path):
     # without the gradient's gate, the whole share acts by plans from the first step on
     planning = ("planner.share=0.1", "planner.max_learning_kl=0.0", "world_model.steps_per_iteration=4")
     planning = [f"agent.algorithm.{override}" for override in planning]
-    command = ["scripts/benchmark_training.py", "--task", "Isaac-Cartpole-v0", *options, "--overrides", *planning]
+    command = ["-m", "benchmarks", "training", "--task", "Isaac-Cartpole-v0", *options, "--overrides", *planning]
     result = run_script(command, timeout=600)
     assert result.rc == 0, result.stdout[-3000:] + result.stderr[-3000:]
     m3po, ppo = json.loads((tmp_path / "Isaac-Cartpole-v0-cpu.json").read_text())["figures"]

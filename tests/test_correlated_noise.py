@@ -1,17 +1,12 @@
 """The control arm of the bonus: noise that is correlated in time, with the policy's own distribution at each step."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from toy_env import PointEnv, runner_cfg
 
+from benchmarks.runner import ARMS
 from m3po.baselines.correlated_noise import CorrelatedGaussian
 from m3po.runners import M3PORunner
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from benchmark_suites import ARMS
 
 
 def draw(distribution: CorrelatedGaussian, num_steps: int, num_envs: int = 2000) -> torch.Tensor:
@@ -45,7 +40,7 @@ def test_draws_of_an_update_are_independent_and_leave_the_process_alone():
 
 
 def test_m3po_trains_with_it():
-    overrides = dict(override.split("=") for override in ARMS["m3po-correlated-noise"].overrides)
+    overrides = dict(override.split("=") for override in ARMS["arms"]["m3po-correlated-noise"]["overrides"])
     cfg = runner_cfg(bonus={"size": float(overrides["agent.algorithm.bonus.size"])})
     cfg["actor"]["distribution_cfg"]["class_name"] = overrides["agent.actor.distribution_cfg.class_name"]
     runner = M3PORunner(PointEnv(32), cfg, None, "cpu")

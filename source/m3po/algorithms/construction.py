@@ -31,7 +31,8 @@ LEAST_WIDTH = 64
 def parse_algorithm_cfg(values: dict[str, Any]) -> AlgorithmCfg:
     """The algorithm section of a runner configuration as a dataclass. Raises ``UserError`` on unknown fields."""
     try:
-        return from_dict(AlgorithmCfg, {k: v for k, v in values.items() if k != "class_name"})
+        own = {k: v for k, v in values.items() if k != "class_name" and (k, v) != ("rnd_cfg", None)}
+        return from_dict(AlgorithmCfg, own)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
 
