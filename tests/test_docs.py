@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import dataclasses
 import re
 import sys
@@ -11,11 +12,15 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, run_process
+from toy_env import PointEnv, runner_cfg
 
 from m3po.config import REMOVED, AlgorithmCfg
 from m3po.presets import MODES, sized, suite_runner_cfg
+from m3po.runners import M3PORunner
+from m3po.runners.reporting import SCORE_COLUMNS
 
-PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
+PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")])
+LOG = REPOSITORY / "docs" / "experiments"
 ALGORITHM = REPOSITORY / "docs" / "algorithm.md"
 FIELDS = "| field (below `agent.algorithm.`) |"
 
@@ -86,7 +91,7 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "experiments.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != LOG], ids=lambda page: page.name)
 def test_no_page_tells_of_fields_that_are_gone(page):
     """The log of experiments does: it says what was."""
     text = page.read_text(encoding="utf-8")
@@ -105,10 +110,21 @@ def test_overrides_on_pages_are_fields_of_today():
     """``agent.algorithm.X.Y=...``, of M3PO or of rsl_rl's PPO."""
     names = set(leaves(AlgorithmCfg()))
     for page in PAGES:
-        if page.name != "experiments.md":
+        if page.parent != LOG:
             found = re.findall(r"agent\.algorithm\.([\w.]*\w)", page.read_text(encoding="utf-8"))
             sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
             assert set(found) <= names | sections, page.name
+
+
+def test_the_glossary_has_every_figure_of_a_run(tmp_path):
+    """Of M3PO and of rsl_rl's PPO, of one task; those that an environment logs are its own."""
+    text = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    M3PORunner(PointEnv(16), runner_cfg(), str(tmp_path), "cpu").learn(3)
+    with open(tmp_path / "progress.csv", encoding="utf-8") as file:
+        columns = next(csv.reader(file))
+    assert len(columns) > 40
+    columns += [*SCORE_COLUMNS, "loss/value"]
+    assert [name for name in columns if f"`{name}`" not in text] == []
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +139,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_site_has_every_page_and_the_readme_as_its_first(site):
     pages = {path.parent.name for path in site.rglob("index.html")}
-    assert {page.stem for page in PAGES if page.name != "README.md"} <= pages
+    assert {page.stem for page in PAGES if page.stem not in ("README", "index")} | {"experiments"} <= pages
     assert "Two commands" in (site / "index.html").read_text(encoding="utf-8")
 
 
