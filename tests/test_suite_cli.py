@@ -280,7 +280,7 @@ def test_list_of_isaac_lab_is_not_mixed_with_what_it_prints(capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (("--suite", "dmcontrl"), "unknown suite 'dmcontrl'. There are: dmcontrol, isaaclab, metaworld."),
+        (("--suite", "dmcontrl"), "unknown suite 'dmcontrl'. There are: dmcontrol, isaaclab, metaworld, mjlab."),
         (("--set", "x"), "unknown set 'x'. There are: DMC-MT30, DMC39, Isaac-Classic-MT3, MT10, MT50, MT80."),
         (("--set", "MT10", "--suite", "metaworld"), "not allowed with"),
         (("--sets",), "unrecognized arguments: --sets"),

@@ -280,7 +280,7 @@ def replacement(cls_name: str, field_name: str) -> str:
     return "" if found is None else f" '{field_name}' was removed; it is replaced by {found}."
 
 
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
+def from_dict(cls: Any, values: dict[str, Any]) -> Any:
     """Build a configuration dataclass from a dictionary.
 
     Raises:

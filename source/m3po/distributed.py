@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def local_device(device: str) -> str:
 
 
 @contextlib.contextmanager
-def group(wanted: bool, device: str) -> Iterator[None]:
+def group(wanted: bool, device: str) -> Generator[None]:
     """Connect the processes that torchrun has started; the connection ends with the context.
 
     All but the first are silent on stdout; stderr stays everybody's.
@@ -138,9 +138,9 @@ def _unused_part(store: distributed.Store, number: int, size: int) -> distribute
         store.set("m3po/name", own)
         answers = [f"m3po/{own}/{other}" for other in range(1, size)]
         store.wait(answers)
-        store.set(f"m3po/{own}", b" ".join(store.get(answer) for answer in answers))
+        store.set(f"m3po/{own}", b" ".join(store.get(answer) for answer in answers).decode())
         return distributed.PrefixStore(own, store)
-    deadline = time.monotonic() + store.timeout.total_seconds()
+    deadline = time.monotonic() + store.timeout.total_seconds()  # ty: ignore[missing-attribute]  # missing in torch's stubs
     while time.monotonic() < deadline:
         name = store.get("m3po/name").decode()
         store.set(f"m3po/{name}/{number}", own)

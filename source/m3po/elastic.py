@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from m3po import distributed
 from m3po.manifest import write_json
@@ -31,7 +32,7 @@ class Launch:
             create_run_dir: Creates a run folder in it; called in the first process of a first attempt.
         """
         self._record = _record_path(experiment_dir)
-        known = None
+        known: Any = None
         if distributed.is_main():
             before = self._read()
             run_dir = Path(before["run_dir"]) if before else create_run_dir()

@@ -15,7 +15,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
-from m3po.envs.interface import as_m3po_env
+from m3po.envs.interface import M3POEnv, as_m3po_env
 from m3po.envs.logs import number
 from m3po.errors import UserError
 
@@ -26,7 +26,7 @@ CHECK_INTERVAL = 16
 """Steps between two looks of the host at the device, to see whether all episodes are over."""
 
 
-def evaluate(env: VecEnv, policy: Policy, num_episodes: int, on_step: Callable[[], None] | None = None) -> dict:
+def evaluate(env: VecEnv, policy: Policy, num_episodes: int, on_step: Callable[[], object] | None = None) -> dict:
     """Evaluate one policy; see :func:`evaluate_policies`.
 
     Returns:
@@ -38,7 +38,7 @@ def evaluate(env: VecEnv, policy: Policy, num_episodes: int, on_step: Callable[[
 
 
 def evaluate_policies(
-    env: VecEnv, policies: Mapping[str, Policy], num_episodes: int, on_step: Callable[[], None] | None = None
+    env: VecEnv, policies: Mapping[str, Policy], num_episodes: int, on_step: Callable[[], object] | None = None
 ) -> dict[str, dict]:
     """Evaluate several policies in one pass, each on its own share of the environments, from a fresh reset.
 
@@ -95,14 +95,14 @@ def evaluate_policies(
     }
 
 
-def _summary(env: VecEnv, tally: _Tally, part: torch.Tensor) -> dict:
+def _summary(env: M3POEnv, tally: _Tally, part: torch.Tensor) -> dict:
     """Statistics of the environments of ``part``, and of each of several tasks among them."""
     result = tally.summary(part)
     if env.num_tasks == 1:
         return result
     result["tasks"] = {}
-    for k, (name, score_range) in enumerate(zip(env.task_names, env.score_ranges, strict=True)):
-        task = tally.summary(part[(env.task_ids == k)[part].to(part.device)])
+    for name, score_range, rows in zip(env.task_names, env.score_ranges, _rows_of_tasks(env), strict=True):
+        task = tally.summary(part[torch.isin(part, rows.to(part.device))])
         if task["success_rate"] is not None:
             task["score"] = task["success_rate"]
         elif score_range is not None:
@@ -117,7 +117,7 @@ def _summary(env: VecEnv, tally: _Tally, part: torch.Tensor) -> dict:
 class _Tally:
     """Running episodes and the counted ones, on the environments' device."""
 
-    def __init__(self, env: VecEnv, parts: list[torch.Tensor], num_episodes: int) -> None:
+    def __init__(self, env: M3POEnv, parts: list[torch.Tensor], num_episodes: int) -> None:
         """Give every environment its share of its task's episodes; earlier environments take the remainder."""
         device = env.device
         self.quota = torch.empty(env.num_envs, dtype=torch.long, device=device)
@@ -260,14 +260,14 @@ def is_success_rate(key: str) -> bool:
     return key.startswith("Metrics/") and key.endswith("success_rate")
 
 
-def _rows_of_tasks(env: VecEnv) -> list[torch.Tensor]:
+def _rows_of_tasks(env: M3POEnv) -> list[torch.Tensor]:
     """Environments of each task."""
-    if env.num_tasks == 1:
+    if env.task_ids is None:
         return [torch.arange(env.num_envs, device=env.device)]
     return [(env.task_ids == k).nonzero().squeeze(-1) for k in range(env.num_tasks)]
 
 
-def _split(env: VecEnv, num_groups: int) -> list[torch.Tensor]:
+def _split(env: M3POEnv, num_groups: int) -> list[torch.Tensor]:
     """Split the environments of each task into groups whose sizes differ by at most one.
 
     Raises:
@@ -285,5 +285,6 @@ def _split(env: VecEnv, num_groups: int) -> list[torch.Tensor]:
 
 def _reset(policy: Policy, dones: torch.Tensor) -> None:
     """Tell a policy with a memory which environments start a new episode."""
-    if hasattr(policy, "reset"):
-        policy.reset(dones)
+    reset = getattr(policy, "reset", None)
+    if reset is not None:
+        reset(dones)

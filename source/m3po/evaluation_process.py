@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from m3po import distributed
 from m3po.cli.arguments import guarded
@@ -56,7 +56,8 @@ class EvaluationProcess:
 
     def restart(self) -> None:
         """Begin anew after a failure; what was queued before is not evaluated."""
-        self._process: subprocess.Popen | None = None
+        self._process: Any = None
+        """The child, a ``Popen``; ``None`` before the first order."""
         self._replies: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         """Results in the order of their checkpoints; ``None`` when the child has ended."""
         self._outstanding = 0
@@ -141,7 +142,7 @@ class EvaluationProcess:
             self._outstanding -= 1
         return results
 
-    def _fail(self) -> None:
+    def _fail(self) -> NoReturn:
         """Report the end of a child that should be alive."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)  # its own exit code, before :meth:`close` tells it to stop

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from rsl_rl.models import MLPModel
-from rsl_rl.runners import OnPolicyRunner
+from rsl_rl.modules.normalization import EmpiricalNormalization
 from tensordict import TensorDict
 from torch import nn
 
 from m3po.errors import M3POError, UserError
+from m3po.models.layers import linear_layers
 from m3po.models.task_policy import TaskMLPModel, embed
+from m3po.runners import M3PORunner
 
 FILES = ("policy.pt", "policy.onnx")
 """TorchScript and ONNX; Isaac Lab's own names."""
@@ -27,7 +30,7 @@ NUM_SAMPLES = 256
 """Random observations on which they are compared."""
 
 
-def export_policy(runner: OnPolicyRunner, folder: Path) -> dict[str, float]:
+def export_policy(runner: M3PORunner, folder: Path) -> dict[str, float]:
     """Write both files and compare them with the policy in torch on random observations.
 
     Args:
@@ -41,7 +44,7 @@ def export_policy(runner: OnPolicyRunner, folder: Path) -> dict[str, float]:
         UserError: If the policy is recurrent or reads images, which the comparison does not cover.
         M3POError: If a file differs from torch by more than :data:`TOLERANCE`.
     """
-    policy = runner.inference_policy()
+    policy: Any = runner.inference_policy()  # the prior, a network
     if isinstance(policy, TaskMLPModel):
         env = runner.env
         return {
@@ -56,14 +59,14 @@ def export_policy(runner: OnPolicyRunner, folder: Path) -> dict[str, float]:
 
 def _export_single(policy: MLPModel, example: TensorDict, folder: Path) -> dict[str, float]:
     """Write the policy of a single task; ``example`` holds its observations."""
-    graph = policy.as_onnx(verbose=False)
+    graph: Any = policy.as_onnx(verbose=False)  # rsl_rl types it as any module
     if policy.is_recurrent or len(graph.input_names) != 1:
         raise UserError("--export supports policies without memory on vector observations only.")
     sizes = [example[group].shape[-1] for group in policy.obs_groups]
-    if policy.obs_normalization:
+    if isinstance(policy.obs_normalizer, EmpiricalNormalization):
         vector = _random_vectors(policy.obs_normalizer.mean, policy.obs_normalizer.std)
     else:
-        zeros = torch.zeros(sum(sizes), device=policy.mlp[0].weight.device)
+        zeros = torch.zeros(sum(sizes), device=linear_layers(policy.mlp)[0].weight.device)
         vector = _random_vectors(zeros, zeros + 1.0)
     groups = dict(zip(policy.obs_groups, vector.split(sizes, dim=-1), strict=True))
     return _export(policy.as_jit(), graph, vector, _act(policy, groups), folder)
@@ -99,13 +102,13 @@ class TaskPolicy(nn.Module):
         """
         super().__init__()
         normalizer, self.mlp = policy.obs_normalizer, copy.deepcopy(policy.mlp)
-        self.register_buffer("mean", normalizer.mean[task, :obs_dim].clone())
-        self.register_buffer("scale", (normalizer.var[task, :obs_dim].sqrt() + normalizer.eps) / normalizer.scale[task])
-        first, last = self.mlp[0], self.mlp[-1]
+        self.mean = nn.Buffer(normalizer.mean[task, :obs_dim].clone())
+        self.scale = nn.Buffer((normalizer.var[task, :obs_dim].sqrt() + normalizer.eps) / normalizer.scale[task])
+        first, *_, last = linear_layers(self.mlp)
         with torch.no_grad():
             zeros = normalizer(torch.zeros_like(normalizer.mean[task]), torch.tensor(task))
             constant = torch.cat([zeros[obs_dim:], embed(policy.task_embedding, torch.tensor(task))])
-            first.bias += first.weight[:, obs_dim:] @ constant
+            first.bias.add_(first.weight[:, obs_dim:] @ constant)
             first.weight = nn.Parameter(first.weight[:, :obs_dim].clone())
             last.weight = nn.Parameter((last.weight + policy.task_head.weight[task])[:action_dim])
             last.bias = nn.Parameter((last.bias + policy.task_head.bias[task])[:action_dim])
@@ -163,7 +166,8 @@ def _write_onnx(module: nn.Module, example: torch.Tensor, file: Path) -> None:
     """Write an ONNX file from ``obs`` (n, O) to ``actions`` (n, A), for any n."""
     import onnx
 
-    names = {"input_names": ["obs"], "output_names": ["actions"], "dynamic_shapes": ({0: torch.export.Dim("n")},)}
+    names: dict[str, Any] = {"input_names": ["obs"], "output_names": ["actions"]}
+    names["dynamic_shapes"] = ({0: torch.export.Dim("n")},)
     torch.onnx.export(module, (example,), file, opset_version=18, verbose=False, **names)
     # torch writes the weights to a file of their own: merge them.
     onnx.save(onnx.load(file), file)

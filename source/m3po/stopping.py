@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType
 
 SAVED = 75
@@ -46,7 +46,7 @@ class StopSignals:
         self._at = 0.0
 
     @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
+    def caught(self) -> Generator[None]:
         """Handle the signals inside of this context; needs the main thread.
 
         After a signal, the outermost context leaves them ignored: a late copy must not change the exit code.
@@ -62,7 +62,7 @@ class StopSignals:
                 signal.signal(number, handler if restored else signal.SIG_IGN)
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self) -> Generator[None]:
         """Let what is inside of this context finish before :class:`Stop` is raised."""
         self._deferred = True
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +23,7 @@ class Stopwatch:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def section(self, name: str) -> Iterator[None]:
+    def section(self, name: str) -> Generator[None]:
         """Time a block of code under a name."""
         if self.cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

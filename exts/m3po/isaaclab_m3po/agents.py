@@ -65,7 +65,7 @@ _RUNNER_FIELDS = (
 _device: str | None = None
 
 
-def _mirror(source: type, **head: Any) -> type:
+def _mirror(source: Any, **head: Any) -> type:
     """Make the Isaac Lab configclass of a dataclass: same fields, defaults and documentation.
 
     Args:
@@ -89,7 +89,7 @@ def _as_configclass(value: Any) -> Any:
     return mirror(**{field.name: _as_configclass(getattr(value, field.name)) for field in dataclasses.fields(value)})
 
 
-_MIRRORS: dict[type, type] = {}
+_MIRRORS: dict[type, Any] = {}
 for _source in COMPONENTS.values():
     _MIRRORS[_source] = _mirror(_source)
 _MIRRORS[AlgorithmCfg] = _mirror(AlgorithmCfg, class_name=ALGORITHM)
@@ -101,7 +101,7 @@ M3POAlgorithmCfg = _MIRRORS[AlgorithmCfg]
 class M3PORunnerCfg(RslRlOnPolicyRunnerCfg):
     """Runner configuration of M3PO, understood by Isaac Lab's stock rsl_rl commands as well."""
 
-    algorithm: M3POAlgorithmCfg = M3POAlgorithmCfg()
+    algorithm: M3POAlgorithmCfg = M3POAlgorithmCfg()  # ty: ignore[invalid-type-form]  # a class made at run time
     """The algorithm's configuration."""
 
     quarantine_share: float = QUARANTINE_SHARE

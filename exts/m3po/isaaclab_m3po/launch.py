@@ -12,10 +12,10 @@ import dataclasses
 import difflib
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from rsl_rl.env import VecEnv
 
@@ -47,8 +47,8 @@ class IsaacJob(Job):
     agent_cfg: Any
     """rsl_rl runner configuration, a configclass."""
 
-    suite: ClassVar[str] = "isaaclab"
-    play_envs: ClassVar[int] = 32
+    suite = "isaaclab"
+    play_envs = 32
 
     @classmethod
     def read(cls, parser: argparse.ArgumentParser, argv: Sequence[str], play: bool = False) -> Self:
@@ -153,7 +153,7 @@ class IsaacJob(Job):
     @contextlib.contextmanager
     def environments(
         self, sizes: list[int], seed: int, log_dir: Path | None = None, restart: bool = False
-    ) -> Iterator[M3POEnv]:
+    ) -> Generator[M3POEnv]:
         """Start the simulation and create the environments; see :meth:`Job.environments`.
 
         Yields:
@@ -182,7 +182,11 @@ class IsaacJob(Job):
                 except FileNotFoundError as error:
                     raise M3POError(f"{error}. The assets in use are {self.assets}.") from error
                 try:
-                    yield per_task(IsaacVecEnv(env, clip_actions=self.train_cfg["clip_actions"]), self.names[0])
+                    # Isaac Lab's wrapper, of which nothing is known here, has the methods that are abstract.
+                    wrapped = IsaacVecEnv(  # ty: ignore[abstract-class-instantiation]
+                        env, clip_actions=self.train_cfg["clip_actions"]
+                    )
+                    yield per_task(wrapped, self.names[0])
                 finally:
                     close_env(env)
             except M3POError as error:  # launch_simulation would print its traceback

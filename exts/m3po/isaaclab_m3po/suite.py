@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from rsl_rl.env import VecEnv
@@ -72,7 +72,7 @@ class IsaacLabSuite:
     @contextlib.contextmanager
     def make(
         self, task: str, num_envs: int, *, seed: int, device: str, overrides: Sequence[str] = (), **options: Any
-    ) -> Iterator[VecEnv]:
+    ) -> Generator[VecEnv]:
         """Simulate a task; the simulation ends with the context.
 
         Args:

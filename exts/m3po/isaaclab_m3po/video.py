@@ -92,7 +92,7 @@ class RobotCamera:
         env = env.unwrapped
         self.frames_per_second = 1.0 / env.step_dt
         self._sim = env.sim
-        self._viewer = next((v for v in env.sim.visualizers if hasattr(v, "render_rgb_array")), None)
+        self._viewer: Any = next((v for v in env.sim.visualizers if hasattr(v, "render_rgb_array")), None)
         if self._viewer is None:
             raise M3POError("The simulation started without the off-screen viewer; nothing can be recorded.")
         self._robot = next(iter(env.scene.articulations.values()), None)

@@ -8,6 +8,14 @@ import torch
 from rsl_rl.models import MLPModel
 from torch import nn
 
+from m3po.algorithms.advantage_estimator import AdvantageEstimator
+from m3po.algorithms.behaviour import Behaviour
+from m3po.algorithms.newest_update import NewestUpdate
+from m3po.algorithms.policy_average import PolicyAverage
+from m3po.algorithms.policy_learning import PolicyLearner
+from m3po.config import AlgorithmCfg
+from m3po.storage import ReplayBuffer
+
 NETWORKS = {"actor": "actor", "critic": "critic", "world_model": "model", "gates": "gates"}
 """Name in a checkpoint -> attribute of the algorithm."""
 
@@ -18,10 +26,26 @@ LEARNERS = ("policy_learner", "critic_replay", "plan_learner", "model_learner")
 class CheckpointParts:
     """Save, load and broadcast what the attributes of :data:`NETWORKS` and :data:`LEARNERS` hold."""
 
+    cfg: AlgorithmCfg
+    actor: MLPModel
+    estimator: AdvantageEstimator
+    policy_learner: PolicyLearner
+    behaviour: Behaviour
+    average: PolicyAverage
+    newest_update: NewestUpdate
+    replay: ReplayBuffer
+    iteration: int
+    _predicted_value: Any  # the method
+
     @property
     def learning_rate(self) -> float:
         """Current step size of the policy."""
         return self.policy_learner.learning_rate
+
+    @property
+    def learns_model(self) -> bool:
+        """Whether the world model is trained."""
+        return self.cfg.world_model.steps_per_iteration > 0
 
     def get_policy(self) -> MLPModel:
         """The policy."""

@@ -8,6 +8,8 @@ between, which differ by little more than an update each.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rsl_rl.models import MLPModel
 from torch import nn
@@ -43,7 +45,7 @@ class CriticReplay:
         self.optimizer = torch.optim.Adam(parameters, lr=self.cfg.learning_rate, fused=True)
         self.guard = StepGuard("critic", self.optimizer, (critic,), cfg.max_grad_norm)
 
-    def look_back(self, replay: ReplayBuffer) -> dict[str, torch.Tensor]:
+    def look_back(self, replay: ReplayBuffer) -> dict[str, Any]:
         """The newest steps of each environment in order of time, with their ``returns`` and ``advantages``, (T, N).
 
         Advantages are over the value that an observation had before the critic learnt what came of it. A critic that
@@ -57,7 +59,7 @@ class CriticReplay:
         steps["advantages"] = steps["returns"] - baseline
         return steps
 
-    def train(self, steps: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, float]:
+    def train(self, steps: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
         """Take the gradient steps of an iteration.
 
         Args:
@@ -84,7 +86,7 @@ class CriticReplay:
         return distributed.means({"critic_replay": (total / self.num_steps).item()}, targets.device)
 
     @torch.no_grad()
-    def returns(self, steps: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def returns(self, steps: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Lambda-returns and advantages along trajectories, with the values of the critic of now.
 
         Args:

@@ -42,6 +42,14 @@ LEAST_MODEL_STEPS = 0.25
 class Gates(nn.Module):
     """Running measurements of K tasks; part of a checkpoint."""
 
+    gain: torch.Tensor
+    judged: torch.Tensor
+    gradient_size: torch.Tensor
+    realised: torch.Tensor
+    ppo_budget: torch.Tensor
+    plan_budget: torch.Tensor
+    rewarded: torch.Tensor
+
     def __init__(self, num_tasks: int) -> None:
         """Start closed for plans, and open for what only they lead to."""
         super().__init__()

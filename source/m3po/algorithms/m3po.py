@@ -188,11 +188,6 @@ class M3PO(CheckpointParts):
         st.clear()
         return losses
 
-    @property
-    def learns_model(self) -> bool:
-        """Whether the world model is trained."""
-        return self.cfg.world_model.steps_per_iteration > 0
-
     def _measure(self, steps: dict[str, Any]) -> dict[str, float]:
         """What the newest steps say of behaviour, updates and model, before they learn from the finished rollout."""
         st, units = self.storage, self.estimator.units(self.storage.task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tensordict import TensorDict
 
 from m3po import distributed
 from m3po.algorithms.gates import Gates
@@ -107,7 +108,7 @@ class ModelLearner:
         return terms
 
     def _head_losses(
-        self, z: torch.Tensor, obs: torch.Tensor, task: torch.Tensor, mask: torch.Tensor
+        self, z: torch.Tensor, obs: TensorDict, task: torch.Tensor, mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Errors of ``V(z)`` and ``pi(z)`` against critic and policy; the policy's does not reach the encoder."""
         model = self.model

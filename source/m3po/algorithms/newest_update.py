@@ -44,7 +44,7 @@ class NewestUpdate:
         if not self.known:
             return {f"update/{part}_kl": 0.0 for part in PARTS}
         task, kept, metrics = st.task.flatten(), ~st.lost.flatten(), {}
-        obs, noise, sigma = (x.flatten(0, 1) for x in (st.obs, st.noise(), st.std))
+        obs, noise, sigma = st.obs.flatten(0, 1), st.noise().flatten(0, 1), st.std.flatten(0, 1)
         after = st.mean.flatten(0, 1), sigma
         for part in reversed(PARTS):
             # What the normaliser has learnt since is not the update's doing.

@@ -129,9 +129,10 @@ class PlanLearner:
             return found
         latest = replay.latest(self.stored_steps, ("obs", "task", "lost"))
         picked = torch.randint(latest["lost"].numel(), (more,), generator=replay.generator, device=found[1].device)
-        stored = (latest[name].flatten(0, 1)[picked] for name in ("obs", "task"))
-        stored = (*stored, ~latest["lost"].flatten()[picked])
-        return tuple(torch.cat(pair) for pair in zip(found, stored, strict=True))
+        stored = {name: field.flatten(0, 1)[picked] for name, field in latest.items()}
+        obs, task, real = found
+        obs = TensorDict.cat([obs, stored["obs"]])
+        return obs, torch.cat((task, stored["task"])), torch.cat((real, ~stored["lost"]))
 
     def regress(self, plans: Plans | None, generator: torch.Generator) -> dict[str, float]:
         """Regress the policy's mean onto plans, from where it is now.
@@ -150,7 +151,7 @@ class PlanLearner:
         """
         rate = self.optimizer.param_groups[0]["lr"]
         size = 0.0 if plans is None else distributed.mean(plans.weight.mean(), weight=len(plans.weight)).item()
-        if size == 0.0:
+        if plans is None or size == 0.0:
             return {"plan/kl": 0.0, "plan/cosine": 0.0, "plan/learning_rate": rate}
         obs, shift, weight = plans.obs, plans.shift, plans.weight
         before = [p.detach().clone() for p in self.actor.parameters()]

@@ -26,7 +26,8 @@ class PolicyAverage:
             actor: The policy that learns.
             decay: Weight of the average before each update, in [0, 1); with 0 the policy itself is played.
         """
-        self.actor, self._average = actor, None
+        self.actor = actor
+        self._average: Any = None  # torch types the module of an AveragedModel as any module
         if decay > 0:
             self._average = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
 

@@ -51,7 +51,8 @@ class PolicyLearner:
         heads = list(actor.task_head.parameters()) if isinstance(actor, TaskMLPModel) else []
         self.task_rates = torch.full((len(heads[0]),), cfg.learning_rate) if heads else torch.empty(0)
         """Step size of each task's output layer of the policy, (K,), on the host; empty where there are none."""
-        std = list(actor.distribution.parameters()) if cfg.std_learning_rate > 0.0 else []
+        learns_std = actor.distribution is not None and cfg.std_learning_rate > 0.0
+        std = list(actor.distribution.parameters()) if learns_std else []
         # Groups of their own for policy and critic: one adaptive rate for both starves the critic.
         known = {id(p) for p in actor.parameters()}
         own = {id(p) for p in (*heads, *std)}
@@ -109,7 +110,7 @@ class PolicyLearner:
                 sums[name] = sums.get(name, 0.0) + term.item() / updates
             if i < cfg.num_mini_batches:
                 sums["clipped_share"] = sums.get("clipped_share", 0.0) + clipped.item() / cfg.num_mini_batches
-        return distributed.means(sums, batch["actions"].device, weight=samples)
+        return distributed.means(sums, rollout.device, weight=samples)
 
     def _step(self, loss: torch.Tensor, samples: int) -> None:
         """Take a gradient step; each task's output layer goes as far as its own rate says."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rsl_rl.models import MLPModel
 from tensordict import TensorDict
@@ -18,7 +20,8 @@ class PolicyOutputs:
 
     def __call__(self, obs: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and std in observations with batch size (B,), (B, A) each."""
-        actor, distribution = self.actor, self.actor.distribution
+        actor = self.actor
+        distribution: Any = actor.distribution  # a policy has one
         if isinstance(distribution, TaskGaussian):
             return actor(obs), distribution.std_of(task_of(obs))
         # The policy of now, whether it has sampled before or not, as an average of policies never does.

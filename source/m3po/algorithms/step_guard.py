@@ -103,7 +103,8 @@ class StepGuard:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * self.scale
-        self.optimizer.found_inf = bad.float()
+        # As torch.amp.GradScaler tells a fused Adam, whose class does not declare it.
+        self.optimizer.found_inf = bad.float()  # ty: ignore[missing-attribute]
         self.optimizer.step()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def evaluator(job: Job, num_envs: int, log_path: Path) -> EvaluationProcess:
 
 
 @contextlib.contextmanager
-def _build(order: dict[str, Any]) -> Iterator[Evaluate]:
+def _build(order: dict[str, Any]) -> Generator[Evaluate]:
     """Create environments of the training's tasks, with a seed of their own."""
     job = from_order(order)
     kinds, seed = policies_of(job.train_cfg), job.seed + SEED_OFFSET

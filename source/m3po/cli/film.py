@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 from m3po.errors import UserError
 
 
-class Camera(Protocol):
+class Camera(contextlib.AbstractContextManager, Protocol):
     """Films an environment, while it is entered as a context manager. A suite's ``camera(env)`` returns one."""
 
     size: tuple[int, int]
@@ -34,7 +34,7 @@ def require_packages(option: str, extra: str, *modules: str) -> None:
 
 
 @contextlib.contextmanager
-def recorded(camera: Camera, path: Path, num_frames: int) -> Iterator[Callable[[], None]]:
+def recorded(camera: Camera, path: Path, num_frames: int) -> Generator[Callable[[], None]]:
     """Write an mp4 file; yields what appends the present picture, and does nothing after ``num_frames``."""
     import imageio_ffmpeg
 

@@ -13,6 +13,7 @@ import torch
 from rsl_rl.env import VecEnv
 
 from m3po.cli.arguments import Parser, guarded
+from m3po.envs.interface import as_m3po_env
 from m3po.envs.suite import as_context, find_task, is_known_without_isaac_lab, suites
 from m3po.errors import UserError
 from m3po.runners.flight_recorder import FORMAT, is_sound
@@ -156,7 +157,7 @@ def replay(env: VecEnv, steps: dict[str, torch.Tensor]) -> list[str]:
     Returns:
         Lines that say what was not finite at which of the steps.
     """
-    last = int(steps["fresh"].any(1).nonzero().max())
+    env, last = as_m3po_env(env), int(steps["fresh"].any(1).nonzero().max())
     resets = (steps["dones"] | steps["fresh"])[:last].any(1).nonzero()
     first = int(resets.max()) + 1 if len(resets) else 0
     steps = {name: value[first : last + 1] for name, value in steps.items()}
@@ -168,7 +169,7 @@ def replay(env: VecEnv, steps: dict[str, torch.Tensor]) -> list[str]:
         actions = steps["actions"][..., : env.num_actions]
         for index, action in enumerate(actions):
             obs, rewards, _, _ = env.step(torch.where(is_sound(action), action, 0.0).to(env.device))
-            values = {f"observation {group}": x for group, x in obs.items()} | {"reward": rewards}
+            values: dict[str, Any] = {f"observation {group}": x for group, x in obs.items()} | {"reward": rewards}
             bad = [name for name, x in values.items() if not is_sound(x).all()]
             if bad:
                 lines.append(f"  step {index + 1}: not finite: {', '.join(bad)}")

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,13 +63,14 @@ def handles(argv: Sequence[str]) -> bool:
 
 def kind_of_job(argv: Sequence[str]) -> type[Job]:
     """The kind of job that a command line asks for."""
-    isaaclab = suites()["isaaclab"]
+    isaaclab: Any = suites()["isaaclab"]  # has job() besides
     return SuiteJob if handles(argv) or isaaclab.missing() else isaaclab.job()
 
 
 def from_order(order: dict[str, Any]) -> Job:
     """The job that :meth:`Job.order` has described."""
-    kind = SuiteJob if order["suite"] is None else suites()[order["suite"]].job()
+    known: dict[str, Any] = suites()  # those that orders name have job() besides
+    kind = SuiteJob if order["suite"] is None else known[order["suite"]].job()
     return kind.recreate(order["options"], order["overrides"])
 
 
@@ -130,7 +131,7 @@ class SuiteJob(Job):
     @contextlib.contextmanager
     def environments(
         self, sizes: list[int], seed: int, log_dir: Path | None = None, restart: bool = False
-    ) -> Iterator[M3POEnv]:
+    ) -> Generator[M3POEnv]:
         """Create the environments, those of a task in a process of its own where that is needed or asked for.
 
         Where a task has none in this process, the others tell its sizes. See :meth:`Job.environments`.
@@ -181,9 +182,9 @@ class SuiteJob(Job):
 
     def films(self, env: VecEnv, path: Path) -> Iterable[contextlib.AbstractContextManager[Hook]]:
         """See :meth:`Job.films`."""
-        batches = [member.env for member in env.members] if self.multi_task else [env]
+        batches = [member.env for member in env.members] if isinstance(env, MultiTaskVecEnv) else [env]
         for info, batch in zip(self.infos, batches, strict=True):
-            suite, _ = find_task(info.name)
+            suite: Any = find_task(info.name)[0]  # has camera() besides
             file = path.with_stem(f"{path.stem}_{info.name}") if len(batches) > 1 else path
             # The state after the last step of an episode is the first of the next one.
             yield film.recorded(suite.camera(batch), file, self.args.video_length or info.episode_length - 1)

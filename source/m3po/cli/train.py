@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def _main(argv: list[str], kind: type[Job]) -> int:
 
 
 @contextlib.contextmanager
-def fast_matrix_products() -> Iterator[None]:
+def fast_matrix_products() -> Generator[None]:
     """Let CUDA multiply matrices in TF32, and cuDNN choose its algorithms by trying them, as rsl_rl's training does."""
     settings = (
         (torch.backends.cuda.matmul, "allow_tf32"),

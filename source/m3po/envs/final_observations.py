@@ -29,15 +29,16 @@ def ask_for_final_observations(env: VecEnv) -> None:
     Args:
         env: Environment that reads ``cfg.compute_final_obs`` at every step, as Isaac Lab's do; any other is left alone.
     """
-    if not hasattr(env.cfg, "compute_final_obs"):
+    cfg: Any = env.cfg
+    if not hasattr(cfg, "compute_final_obs"):
         return
     reason = memory_of(env)
-    env.cfg.compute_final_obs = reason is None
+    cfg.compute_final_obs = reason is None
     if reason is not None:
         print(f"[m3po] final observations are not used, because {reason}", flush=True)
 
 
-def memory_of(env: VecEnv) -> str | None:
+def memory_of(env: Any) -> str | None:
     """What the observations of an Isaac Lab environment remember; ``None`` for nothing that can be told.
 
     An environment of the direct workflow is asked for its observations twice, before training begins, and is reset if

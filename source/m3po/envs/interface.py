@@ -21,11 +21,26 @@ class M3POEnv(VecEnv):
     NaN where it is not known; ``lost`` (N,), steps that never took place; ``log``, numbers by name.
     """
 
+    cfg: Any
+    """Configuration, of any class."""
+
     task_names: Sequence[str] = ()
     """Tasks that policy and critic are told; none for environments of one task without a name."""
 
     task_ids: torch.Tensor | None = None
     """Which of them each row is, (N,), int64; ``None`` where there are none."""
+
+    obs_dims: Sequence[int]
+    """Observation dimensions of each of them, K numbers."""
+
+    action_dims: Sequence[int]
+    """Action dimensions of each of them, K numbers."""
+
+    action_masks: torch.Tensor
+    """Which action dimensions each of them has, (K, A), boolean."""
+
+    discounts: torch.Tensor
+    """Discount per step of each of several tasks, (K,)."""
 
     num_tasks: int = 1
     """Number of tasks K."""
@@ -33,6 +48,8 @@ class M3POEnv(VecEnv):
     score_ranges: Sequence[tuple[float, float] | None] = (None,)
     """Returns of each task that mean a normalised score of 0 and of 1, where defined."""
 
+    step_async: Any
+    step_wait: Any
     steps_beside: bool = False
     """Whether a step can be begun by ``step_async(actions)`` and ended by ``step_wait()``, beside those of others."""
 

@@ -67,7 +67,8 @@ class ProcessMember(M3POEnv):
             seed: Its keyword argument ``seed``; :data:`RESTART_SEED` is added at each restart.
             log_path: File that the process's output is appended to; it goes where our own goes without one.
         """
-        self.task, self.factory, self.arguments, self.seed, self.log_path = task, factory, arguments, seed, log_path
+        self.task, self.factory, self.arguments, self.log_path = task, factory, arguments, log_path
+        self._first_seed = seed
         self.cfg = {"factory": factory, "seed": seed, **arguments}
         self.restarts = 0
         self._slot = 0
@@ -130,7 +131,7 @@ class ProcessMember(M3POEnv):
         with contextlib.ExitStack() as stack:
             stack.enter_context(theirs)
             log = stack.enter_context(open(self.log_path, "ab")) if self.log_path else None
-            self._process = subprocess.Popen(
+            self._process: Any = subprocess.Popen(
                 [
                     sys.executable,
                     "-X",
@@ -148,7 +149,7 @@ class ProcessMember(M3POEnv):
                 start_new_session=True,  # Ctrl-C is for this process, which then closes that one
             )
         authkey = bytes(multiprocessing.current_process().authkey)
-        arguments = self.arguments | {"seed": self.seed + RESTART_SEED * self.restarts}
+        arguments = self.arguments | {"seed": self._first_seed + RESTART_SEED * self.restarts}
         self._send((authkey, self.factory, arguments))
 
     def _join(self) -> None:
@@ -246,7 +247,7 @@ class ProcessMember(M3POEnv):
 
     def _order(self, name: str, argument: Any) -> None:
         # What was written to the block must be there, and what was read from the slot must have been read.
-        synchronize(self._block)
+        synchronize(self._shared["actions"])
         self._send((name, argument))
 
     def _send(self, content: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +171,7 @@ class MultiTaskVecEnv(M3POEnv):
         results = self._step_members(actions)
         lost = [isinstance(result, MemberError) for result in results]
         with self._closed_on_failure():
-            results = [self._restart(k, r) if lost[k] else r for k, r in enumerate(results)]
+            results = [self._restart(k, r) if isinstance(r, MemberError) else r for k, r in enumerate(results)]
         obs, rewards, dones, extras = zip(*results, strict=True)
         self._obs = self._pad([group["policy"] for group in obs])
         ends = self._cat(dones, torch.bool)
@@ -322,7 +322,7 @@ class MultiTaskVecEnv(M3POEnv):
         return torch.tensor(values, device=self.device)[self.task_ids]
 
     @contextlib.contextmanager
-    def _closed_on_failure(self) -> Iterator[None]:
+    def _closed_on_failure(self) -> Generator[None]:
         try:
             yield
         except BaseException:

@@ -17,7 +17,9 @@ class Padding:
     cheaper than a new batch for each step, whose zeros would have to be written and whose groups built as well.
     """
 
-    def __init__(self, num_envs: Sequence[int], obs_dims: Sequence[int], device: str, kernel: bool) -> None:
+    def __init__(
+        self, num_envs: Sequence[int], obs_dims: Sequence[int], device: torch.device | str, kernel: bool
+    ) -> None:
         """Create both batches.
 
         Args:

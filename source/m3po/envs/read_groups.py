@@ -12,10 +12,10 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
-from m3po.envs.interface import Result, WrappedEnv, as_m3po_env
+from m3po.envs.interface import M3POEnv, Result, WrappedEnv, as_m3po_env
 
 
-def only_read_groups(env: VecEnv, obs_groups: Mapping[str, list[str]]) -> VecEnv:
+def only_read_groups(env: M3POEnv, obs_groups: Mapping[str, list[str]]) -> M3POEnv:
     """The environment with the groups of ``obs_groups`` alone; itself where it has no others.
 
     Args:
@@ -28,7 +28,7 @@ def only_read_groups(env: VecEnv, obs_groups: Mapping[str, list[str]]) -> VecEnv
     read |= {name if name in offered else "policy" for name in ("actor", "critic") if name not in obs_groups}
     if as_m3po_env(env).task_ids is not None:
         read.add("task")
-    return env if offered <= read else ReadGroups(env, sorted(offered & read))
+    return env if offered <= read else ReadGroups(env, sorted(read & offered))
 
 
 class ReadGroups(WrappedEnv):

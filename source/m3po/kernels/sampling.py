@@ -43,7 +43,7 @@ def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor | int,
     return c0, c1, c2, c3
 
 
-def planner_noise(counters: torch.Tensor, env_ids: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+def planner_noise(counters: torch.Tensor, env_ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise of a plan, in torch.
 
     Args:
@@ -79,7 +79,7 @@ def sample_candidates_torch(
     max_noise: float,
 ) -> None:
     """Reference of :func:`sample_candidates`."""
-    noise = planner_noise(counters, env_ids, tuple(out.shape[1:])).to(out.dtype)
+    noise = planner_noise(counters, env_ids, out.shape[1:]).to(out.dtype)
     torch.addcmul(mean.unsqueeze(1), std.unsqueeze(1), noise, out=noise)
     out.copy_(noise.clamp_(-max_noise, max_noise))
     if action_mask is not None:

@@ -30,6 +30,11 @@ class SimNorm(nn.Module):
         return (grouped / grouped.sum(-1, keepdim=True)).flatten(-2)
 
 
+def linear_layers(network: nn.Sequential) -> list[nn.Linear]:
+    """The linear layers of a network, in their order."""
+    return [layer for layer in network if isinstance(layer, nn.Linear)]
+
+
 def trunk(in_dim: int, hidden_dims: list[int]) -> nn.Sequential:
     """Stack of Linear, LayerNorm and SiLU of the given widths."""
     layers: list[nn.Module] = []

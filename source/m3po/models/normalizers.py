@@ -17,6 +17,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from m3po import distributed
+from m3po.models.layers import linear_layers
 
 LARGEST = 100.0
 """Size from which on a sample counts as this many deviations, or times the usual reward. A reward that comes once in
@@ -37,6 +38,11 @@ USUAL_SHARE = 0.99
 
 class TaskNormalizer(nn.Module):
     """Per-task running mean and deviation of a vector."""
+
+    scale: torch.Tensor
+    mean: torch.Tensor
+    var: torch.Tensor
+    count: torch.Tensor
 
     def __init__(
         self,
@@ -102,10 +108,11 @@ class BoundedNormalization(EmpiricalNormalization):
     @torch.jit.unused
     def update(self, x: torch.Tensor) -> None:
         """Learn from rows (B, D)."""
-        if self.count > 0:
-            x = bounded(x, self._mean, self._var, self.eps)
+        count = self.get_buffer("count")  # annotated as those of others are, TorchScript would not export it
+        if count > 0:
+            x = bounded(x, self.get_buffer("_mean"), self.get_buffer("_var"), self.eps)
         super().update(x)
-        self.count.clamp_(max=int(MEMORY))
+        count.clamp_(max=int(MEMORY))
 
     def deviation(self) -> torch.Tensor:
         """What is divided by, (D,)."""
@@ -129,16 +136,16 @@ def learn_statistics(network: MLPModel, obs: TensorDict, others: Sequence[MLPMod
     if not isinstance(normalizer, BoundedNormalization):
         network.update_normalization(obs)
         return
-    count, mean, deviation = int(normalizer.count), normalizer.mean, normalizer.deviation()
+    count, mean, deviation = int(normalizer.get_buffer("count")), normalizer.mean, normalizer.deviation()
     network.update_normalization(obs)
-    if count < SETTLED * (int(normalizer.count) - count):
+    if count < SETTLED * (int(normalizer.get_buffer("count")) - count):
         return
     moved, stretched = (normalizer.mean - mean) / deviation, normalizer.deviation() / deviation
     small = (moved.abs() < SMALL) & (stretched.log().abs() < SMALL)
     moved, stretched = torch.where(small, moved, 0.0), torch.where(small, stretched, 1.0)
-    for first in (each.mlp[0] for each in (network, *others)):
-        first.bias += first.weight @ moved
-        first.weight *= stretched
+    for first in (linear_layers(each.mlp)[0] for each in (network, *others)):
+        first.bias.add_(first.weight @ moved)
+        first.weight.mul_(stretched)
 
 
 def bounded(rows: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float) -> torch.Tensor:
@@ -149,6 +156,11 @@ def bounded(rows: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: floa
 
 class RewardStatistics(nn.Module):
     """Per-task reward scale, and reward of a fall."""
+
+    square: torch.Tensor
+    terminal: torch.Tensor
+    count: torch.Tensor
+    falls: torch.Tensor
 
     def __init__(self, num_tasks: int, memory: float = math.inf) -> None:
         """Start at scale 1, terminal reward 0.

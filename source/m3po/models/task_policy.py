@@ -18,6 +18,7 @@ from torch import nn
 
 from m3po.errors import UserError
 from m3po.models.class_names import resolve_class
+from m3po.models.layers import linear_layers
 from m3po.models.normalizers import MEMORY, TaskNormalizer
 
 
@@ -38,6 +39,10 @@ def task_of(obs: TensorDict) -> torch.Tensor:
 
 class TaskGaussian(GaussianDistribution):
     """Gaussian with a deviation per task; dimensions that a task lacks are 0 and add nothing to any sum."""
+
+    action_mask: torch.Tensor
+    task: torch.Tensor
+    _distribution: Any  # a Normal, once it is updated
 
     def __init__(
         self,
@@ -66,7 +71,6 @@ class TaskGaussian(GaussianDistribution):
         values = first.clone() if self.std_type == "scalar" else first.log()
         setattr(self, name, nn.Parameter(values, requires_grad=one.requires_grad))
         self.register_buffer("action_mask", action_mask.clone(), persistent=False)
-        self.task: torch.Tensor | None = None
 
     def select(self, task: torch.Tensor) -> None:
         """Set the tasks (B,) of the rows that the next calls are about."""
@@ -124,6 +128,8 @@ class TaskHead(nn.Module):
 class TaskMLPModel(MLPModel):
     """Policy or critic of several tasks; reads the observation group ``task`` beside its own."""
 
+    obs_normalizer: TaskNormalizer
+
     def __init__(
         self,
         obs: TensorDict,
@@ -165,7 +171,8 @@ class TaskMLPModel(MLPModel):
                 raise UserError(f"the policy of several tasks must have a GaussianDistribution, got {cls.__name__}.")
             self.distribution = TaskGaussian(output_dim, action_mask, **cfg)
 
-        self.task_head = TaskHead(num_tasks, self.mlp[-1].in_features, self.mlp[-1].out_features)
+        last = linear_layers(self.mlp)[-1]
+        self.task_head = TaskHead(num_tasks, last.in_features, last.out_features)
 
     def forward(
         self, obs: TensorDict, masks: Any = None, hidden_state: Any = None, stochastic_output: bool = False
@@ -176,7 +183,7 @@ class TaskMLPModel(MLPModel):
         for layer in hidden:
             features = layer(features)
         output = last(features) + self.task_head(features, task)
-        if self.distribution is None:
+        if not isinstance(self.distribution, TaskGaussian):  # a critic has none
             return output
         self.distribution.select(task)
         if stochastic_output:
@@ -184,7 +191,7 @@ class TaskMLPModel(MLPModel):
             return self.distribution.sample()
         return self.distribution.deterministic_output(output)
 
-    def get_latent(self, obs: TensorDict, *_: Any) -> torch.Tensor:
+    def get_latent(self, obs: TensorDict, masks: Any = None, hidden_state: Any = None) -> torch.Tensor:
         """Normalised observations and task embeddings, shape (B, O + E)."""
         task = task_of(obs)
         return torch.cat([self.obs_normalizer(self._flat(obs), task), embed(self.task_embedding, task)], dim=-1)

@@ -40,6 +40,10 @@ EXPLAINED_RATE = 0.2
 class WorldModel(nn.Module):
     """Encoder ``h``, dynamics ``d``, reward ``R`` and continuation ``c``; without the anchor also ``V`` and ``pi``."""
 
+    own_dims: torch.Tensor
+    explained: torch.Tensor
+    feature_change: torch.Tensor
+
     def __init__(
         self, obs_dim: int, action_dim: int, num_tasks: int, cfg: WorldModelCfg, task_dims: list[int] | None = None
     ) -> None:

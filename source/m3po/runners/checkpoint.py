@@ -142,8 +142,10 @@ def check_compatible(
         )
     if found["format"] > FORMAT:
         raise CheckpointError(f"'{path}' has format {found['format']}; this version reads format {FORMAT}.")
-    if tasks is not None or (task is not None and "tasks" in found):
-        _check_tasks(path, found, tasks or [task], multi_task=tasks is not None)
+    if tasks is not None:
+        _check_tasks(path, found, tasks, multi_task=True)
+    elif task is not None and "tasks" in found:
+        _check_tasks(path, found, [task], multi_task=False)
     expected = {"task": task, "algorithm": algorithm, "obs_dims": obs_dims, "num_actions": num_actions}
     labels = {"obs_dims": "observation sizes", "num_actions": "number of actions"}
     differences = [

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rsl_rl.env import VecEnv
-from tensordict import TensorDict
 
+from m3po.envs.interface import M3POEnv
 from m3po.runners.checkpoint import write_checkpoint
 
 STEPS = 32
@@ -38,7 +37,7 @@ class FlightRecorder:
     :mod:`m3po.cli.replay_nonfinite` starts.
     """
 
-    def __init__(self, env: VecEnv, about: dict[str, Any]) -> None:
+    def __init__(self, env: M3POEnv, about: dict[str, Any]) -> None:
         """Start empty.
 
         Args:
@@ -59,7 +58,7 @@ class FlightRecorder:
 
     def end(
         self,
-        answer: tuple[TensorDict, torch.Tensor, torch.Tensor, dict[str, Any]],
+        answer: tuple[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, dict[str, Any]],
         final: Mapping[str, torch.Tensor],
         findings: Mapping[str, torch.Tensor],
         fresh: torch.Tensor,
@@ -150,7 +149,7 @@ class FlightRecorder:
             "step": self.step,
             "num_envs": self.env.num_envs,
             "environments": chosen,
-            "tasks": [names[ids[row]] for row in chosen] if len(names) > 1 else [],
+            "tasks": [names[int(ids[row])] for row in chosen] if ids is not None and len(names) > 1 else [],
             "findings": findings,
             "terms": self._terms,
             "steps": {name: ring[slots][:, chosen].cpu() for name, ring in self._ring.items()},
@@ -158,9 +157,9 @@ class FlightRecorder:
         write_checkpoint(path, content)
 
 
-def observation_terms(env: VecEnv) -> dict[str, list[tuple[str, int, int]]]:
+def observation_terms(env: M3POEnv) -> dict[str, list[tuple[str, int, int]]]:
     """Names and columns (first, behind the last) of the terms of each observation group, where Isaac Lab tells them."""
-    manager = getattr(env.unwrapped, "observation_manager", None)
+    manager: Any = getattr(env.unwrapped, "observation_manager", None)
     result = {}
     for group, names in getattr(manager, "active_terms", {}).items():
         shapes = manager.group_obs_term_dim[group]

@@ -164,7 +164,8 @@ class Quarantine:
         after = self.env.reset_envs(rows.to(self.env.device)) if len(rows) else None
         if after is not None:
             after = after.to(self.device)
-            obs = obs.clone(recurse=False).update({g: _keep(~self._stuck, x, after[g]) for g, x in obs.items()})
+            groups = obs.keys()  # a TensorDict iterates over its rows
+            obs = obs.clone(recurse=False).update({g: _keep(~self._stuck, obs[g], after[g]) for g in groups})
             healthy = torch.stack([_finite_rows(x) for _, x in _floats(obs)]).all(0)
             # Of several tasks, some may not be able to: where an episode has not begun, nothing was reset.
             self._stuck = self._stuck & ~(healthy & (self.env.episode_length_buf.to(self.device) == 0))
@@ -205,7 +206,7 @@ class Quarantine:
         )
 
 
-def _floats(groups: Mapping[str, torch.Tensor] | TensorDict) -> list[tuple[str, torch.Tensor]]:
+def _floats(groups: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     """The groups that can be anything but finite."""
     return [(group, x) for group, x in groups.items() if x.is_floating_point()]
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rsl_rl.utils import LogWriter
 from torch.utils.tensorboard import SummaryWriter
@@ -66,6 +66,9 @@ ENV_STEPS = "/env_steps"
 class Reporter:
     """Writes one row per iteration everywhere it belongs."""
 
+    _file: TextIO
+    _csv: csv.DictWriter
+
     def __init__(self, log_dir: str | None, writer: Callable[[Path], SummaryWriter] = SummaryWriter) -> None:
         """Open nothing yet.
 
@@ -73,11 +76,9 @@ class Reporter:
             log_dir: Folder of the files; without one, only the console is written.
             writer: Makes the writer of the curves, once there is something to write.
         """
-        self.log_dir = Path(log_dir) if log_dir else None
+        self.log_dir: Any = Path(log_dir) if log_dir else None
         self._make_writer, self._iteration = writer, 0
-        self._writer: SummaryWriter | None = None
-        self._file: TextIO | None = None
-        self._csv: csv.DictWriter | None = None
+        self._writer: Any = None
 
     def evaluated(self) -> set[int]:
         """Iterations in ``evaluations.csv``."""

@@ -12,6 +12,7 @@ from rsl_rl.runners import OnPolicyRunner
 
 from m3po import distributed
 from m3po.algorithms import M3PO
+from m3po.envs.interface import M3POEnv
 from m3po.errors import CheckpointError
 from m3po.runners.checkpoint import (
     BEST,
@@ -24,7 +25,9 @@ from m3po.runners.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from m3po.runners.episode_statistics import EpisodeStatistics
 from m3po.runners.random_state import random_state, restore_random_state
+from m3po.runners.reporting import Reporter
 from m3po.runners.run_folder import rewind
 from m3po.runners.task_transfer import describe_tasks
 
@@ -34,6 +37,18 @@ RUNNER_STATE = ("env_steps", "seconds", "best_return", "first_iteration")
 
 class ResumableRunner(OnPolicyRunner):
     """The part of :class:`~m3po.runners.M3PORunner` that saves, loads and resumes (docs/checkpoints.md)."""
+
+    alg: Any  # M3PO, or an algorithm of rsl_rl
+    env: M3POEnv
+    env_steps: int
+    evaluator: Any  # an Evaluator, or None
+    log_dir: Any  # a folder, or None where nothing is written
+    run_dir: Any
+    reporter: Reporter
+    statistics: EpisodeStatistics
+    _agent: str
+    _algo: str | None
+    _unevaluated: dict[int, str]
 
     KEPT = 10
     """Numbered checkpoints that are kept, unless ``keep_checkpoints`` of the configuration says otherwise."""
@@ -86,7 +101,7 @@ class ResumableRunner(OnPolicyRunner):
 
     def load(
         self, path: str, load_cfg: dict | None = None, strict: bool = True, map_location: str | None = None
-    ) -> dict | None:
+    ) -> Any:
         """Restore a checkpoint of the same task, spaces and algorithm; training continues with the next iteration.
 
         The task is as hard as it was there, from the next reset on.
@@ -135,7 +150,7 @@ class ResumableRunner(OnPolicyRunner):
         for change in _changes(json.loads(content["m3po"]["agent"]), json.loads(self._agent)):
             print(f"[m3po] not as before: {change}", flush=True)
         folder, unevaluated = Path(path).parent, content.get("resume", {}).get("unevaluated", {})
-        state = content.get("resume") if distributed.is_main() else _own_state(folder, content["iter"])
+        state: Any = content.get("resume") if distributed.is_main() else _own_state(folder, content["iter"])
         complete = state is not None and state["processes"] == distributed.world_size()
         complete = all(distributed.collected(complete))
         if complete and state["algorithm"] is not None:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from rsl_rl.algorithms import PPO
-from rsl_rl.env import VecEnv
 
 from m3po.algorithms import M3PO
+from m3po.envs.interface import M3POEnv
 from m3po.errors import CheckpointError, UserError
 from m3po.runners.checkpoint import check_compatible, network_states
 
@@ -43,7 +43,7 @@ class TaskSizes:
 # -- which task goes where --------------------------------------------------------------------------------------------
 
 
-def describe_tasks(env: VecEnv) -> dict[str, list]:
+def describe_tasks(env: M3POEnv) -> dict[str, Any]:
     """What a checkpoint's description says of the tasks; nothing where policy and critic are not told the task."""
     if env.task_ids is None:
         return {}
@@ -242,8 +242,10 @@ def _axes(
         axis = _Axis([old for old, _ in pairs], [new for _, new in pairs], len(here))
         return lambda _: axis
 
-    obs = tuple(max(task.obs_dim for task in tasks) for tasks in (there, here))
-    actions = tuple(max(task.action_dim for task in tasks) for tasks in (there, here))
+    obs, actions = (
+        (max(getattr(task, name) for task in there), max(getattr(task, name) for task in here))
+        for name in ("obs_dim", "action_dim")
+    )
     # What stays as it is has the same size on both sides; without the anchor there are no observations in a latent.
     model = fresh.get("world_model_state_dict", {})
     dims = fresh["actor_state_dict"]["task_embedding"].shape[1]

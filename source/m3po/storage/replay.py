@@ -69,7 +69,7 @@ class ReplayBuffer:
         """Slot that the next rollout is written to."""
         self.newest = torch.arange(0, device=self.device)
         """Slots of the newest rollout."""
-        self._fields = {}
+        self._fields: dict[str, Any] = {}
         for name in (*SEQUENCE_FIELDS, "planned"):
             source = getattr(rollout, name)
             if isinstance(source, TensorDict):
@@ -132,12 +132,12 @@ class ReplayBuffer:
             The sub-sequences.
         """
         oldest = self.head if self.size == self.capacity else 0
-        draw = {"size": (batch_size, 1), "generator": self.generator, "device": self.device}
+        draw: dict[str, Any] = {"size": (batch_size, 1), "generator": self.generator, "device": self.device}
         start, env = torch.randint(self.size - horizon + 1, **draw), torch.randint(self.num_envs, **draw)
         slot = (oldest + start + torch.arange(horizon, device=self.device)) % self.capacity
         return self._gather(slot, env)
 
-    def latest(self, num_steps: int, names: Iterable[str] | None = None) -> dict[str, torch.Tensor | TensorDict]:
+    def latest(self, num_steps: int, names: Iterable[str] | None = None) -> dict[str, Any]:
         """The newest steps in order of time, all of them where fewer are stored.
 
         Args:
@@ -145,8 +145,8 @@ class ReplayBuffer:
             names: Fields; by default all.
 
         Returns:
-            Fields, (steps, N, ...) each. Those of an environment are one trajectory, which goes on after a reset where
-            ``dones`` says so.
+            Fields, tensors and TensorDicts, (steps, N, ...) each. Those of an environment are one trajectory, which
+            goes on after a reset where ``dones`` says so.
         """
         count = min(num_steps, self.size)
         slots = (self.head - count + torch.arange(count, device=self.device)) % self.capacity

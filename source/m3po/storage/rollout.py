@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from tensordict import TensorDict
+from tensordict import NestedKey, TensorDict
 
 
 class RolloutStorage:
@@ -14,7 +14,7 @@ class RolloutStorage:
     def __init__(
         self,
         obs: TensorDict,
-        next_obs_groups: list[str],
+        next_obs_groups: Iterable[NestedKey],
         num_steps: int,
         num_actions: int,
         device: str,
@@ -149,7 +149,7 @@ class RolloutStorage:
         """An empty storage that differs in the number of steps alone; this one where it does not."""
         if num_steps == self.num_steps:
             return self
-        return RolloutStorage(self.obs[0], list(self.next_obs.keys()), num_steps, self.actions.shape[-1], self.device)
+        return RolloutStorage(self.obs[0], self.next_obs.keys(), num_steps, self.actions.shape[-1], self.device)
 
     def clear(self) -> None:
         """Start the next rollout."""

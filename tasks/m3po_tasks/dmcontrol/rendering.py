@@ -48,7 +48,7 @@ class Camera:
         """
         if not isinstance(env.backend, RolloutBackend):
             raise UserError("DMControl's worlds can be filmed where their physics is on the CPU: --device cpu.")
-        self.env, self.row = env, row
+        self.env, self.row, self._backend = env, row, env.backend
         self.frames_per_second = 1.0 / (env.task.model.opt.timestep * env.task.sub_steps * ACTION_REPEAT)
         self._model = _model(env.task)
         self._data = mujoco.MjData(self._model)
@@ -72,8 +72,8 @@ class Camera:
 
     def frame(self) -> np.ndarray:
         """The world as it is now, uint8 (height, width, 3)."""
-        backend, data = self.env.backend, self._data
-        _, qpos, _, _ = split_states(self._model, backend.state)
+        data = self._data
+        _, qpos, _, _ = split_states(self._model, self._backend.state)
         data.qpos[:] = qpos[self.row]
         mujoco.mj_fwdPosition(self._model, data)
         _place_target(self.env.task, data, self.env.target[self.row].cpu().numpy())

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
@@ -123,8 +123,8 @@ class Task(ABC):
 
 def load_spec(filename: str) -> mujoco.MjSpec:
     """A model of the installed dm_control suite, for example ``cheetah.xml``; dm_control itself is not imported."""
-    package = importlib.util.find_spec("dm_control").submodule_search_locations[0]
-    return mujoco.MjSpec.from_file(str(Path(package, "suite", filename)))
+    package: Any = importlib.util.find_spec("dm_control")
+    return mujoco.MjSpec.from_file(str(Path(package.submodule_search_locations[0], "suite", filename)))
 
 
 def add_frame_sensor(spec: mujoco.MjSpec, quantity: str, kind: str, name: str) -> None:

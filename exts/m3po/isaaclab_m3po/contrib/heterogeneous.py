@@ -176,6 +176,8 @@ class HeterogeneousVecEnv(M3POEnv):
     first ones; ``action_masks``, (K, A), and ``action_mask``, (N, A), tell which they are.
     """
 
+    task_ids: Any  # a tensor, never None
+
     def __init__(self, env: RslRlVecEnvWrapper, tasks: SceneTasks) -> None:
         """Read each row's task.
 
@@ -187,7 +189,7 @@ class HeterogeneousVecEnv(M3POEnv):
             UserError: If a task has no environment, or no time limit.
             M3POError: If observations or actions are not laid out as the scene's configurations say.
         """
-        self.env, self._tasks = env, tasks
+        self.env, self.cfg, self._tasks = env, env.cfg, tasks
         self.num_envs, self.num_actions, self.device = env.num_envs, env.num_actions, env.device
         self.task_names, self.num_tasks, self.heads = tasks.names, len(tasks.names), tasks.heads
         if sum(self.heads) != self.num_actions:
@@ -221,11 +223,6 @@ class HeterogeneousVecEnv(M3POEnv):
         return one_hot.argmax(1)
 
     @property
-    def cfg(self) -> Any:
-        """Isaac Lab's configuration of the scene."""
-        return self.env.cfg
-
-    @property
     def unwrapped(self) -> ManagerBasedRLEnv:
         """Isaac Lab's environment."""
         return self.env.unwrapped
@@ -239,9 +236,9 @@ class HeterogeneousVecEnv(M3POEnv):
     def episode_length_buf(self, value: torch.Tensor) -> None:
         self.env.episode_length_buf = value
 
-    def seed(self, seed: int) -> int:
-        """Seed everything random in the scene; returns the seed."""
-        return self.env.seed(seed)
+    def seed(self, seed: int) -> None:
+        """Seed everything random in the scene."""
+        self.env.seed(seed)
 
     def get_observations(self) -> TensorDict:
         """The scene's observation groups, and ``task``, (N, 1), the task ids."""

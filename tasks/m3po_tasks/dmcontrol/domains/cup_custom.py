@@ -45,7 +45,7 @@ class Spin(Cup):
             qpos[:, BALL] = centre[[0, 2]] + offset
             return qpos
 
-        start.qpos[caught] = without_contacts(self.model, caught.sum(), draw)
+        start.qpos[caught] = without_contacts(self.model, int(caught.sum()), draw)
         return start
 
     @override

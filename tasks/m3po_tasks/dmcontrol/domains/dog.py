@@ -109,7 +109,7 @@ class Stand(Task):
                 value_at_margin=0.0,
                 sigmoid="linear",
             )
-        touch = sum(state.sensor(name)[:, 0] for name in SOLES)
+        touch = sum((state.sensor(name)[:, 0] for name in SOLES), torch.zeros_like(reward))
         return reward * tolerance(
             touch, (self.weight, float("inf")), margin=self.weight, value_at_margin=0.9, sigmoid="linear"
         )
