@@ -1,12 +1,12 @@
-"""What composing tasks costs: the batch of several tasks against its members stepped alone, as tasks are added.
+"""What composing tasks costs: the batch of several tasks against each task stepped alone, as tasks are added.
 
 ./isaaclab.sh -p -m benchmarks composition --step_ms 5 --num_envs 64 --output benchmarks/composition.json
 
-Without ``--tasks`` the members are synthetic, of different sizes, with a physics of about ``--step_ms`` each. For 1, 2,
+Without ``--tasks`` they are synthetic, of different sizes, with a physics of about ``--step_ms`` each. For 1, 2,
 4, ... tasks it times the step of all of them in four ways, in this process and in worker processes: by hand, one call
 after the other (workers: all started, then all waited for), and composed. Rounds are interleaved; times are medians
-over them. The overhead is the time that the composed step spends outside of its members over the time inside, both of
-the same step, so that it hardly depends on who else uses the machine.
+over them. The overhead is the time that the composed step spends outside of the tasks' own steps over the time
+inside, both of the same step, so that it hardly depends on who else uses the machine.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tensordict import TensorDict
 
 from benchmarks.planner_report import machine
 from m3po.cli.arguments import Parser, at_least
-from m3po.envs.member_process import ProcessMember
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
+from m3po.envs.subproc_env import SubprocVecEnv
 from m3po.envs.suite import expand, find_task
 from m3po.manifest import git_revision, package_versions
 
@@ -117,7 +117,7 @@ def specifications(options: argparse.Namespace) -> list[tuple[str, str, dict[str
 
 
 class Clock:
-    """Time spent inside of members."""
+    """Time spent in the tasks' own steps."""
 
     def __init__(self, device: str) -> None:
         """Start at 0."""
@@ -139,7 +139,7 @@ class Clock:
         return call
 
     def time(self, step: Callable[[], Any], count: int) -> tuple[float, float]:
-        """Seconds per call, and of these the seconds inside of members."""
+        """Seconds per call, and of these the seconds in the tasks' own steps."""
         self.seconds, start = 0.0, time.perf_counter()
         for _ in range(count):
             step()
@@ -152,11 +152,11 @@ class Clock:
 
 
 @contextlib.contextmanager
-def members(specs: list[tuple[str, str, dict[str, Any]]]) -> Iterator[tuple[list[VecEnv], list[ProcessMember]]]:
+def task_envs(specs: list[tuple[str, str, dict[str, Any]]]) -> Iterator[tuple[list[VecEnv], list[SubprocVecEnv]]]:
     """All tasks, in this process and in workers."""
     factories = {"SyntheticEnv": SyntheticEnv, "make_task": make_task}
     with contextlib.ExitStack() as stack:
-        workers = [ProcessMember(name, factory, values, seed=k) for k, (name, factory, values) in enumerate(specs)]
+        workers = [SubprocVecEnv(name, factory, values, seed=k) for k, (name, factory, values) in enumerate(specs)]
         for worker in workers:
             stack.callback(worker.close)
             stack.callback(worker.stop)  # the last callback comes first: all are told before one is waited for
@@ -166,9 +166,11 @@ def members(specs: list[tuple[str, str, dict[str, Any]]]) -> Iterator[tuple[list
         yield here, [worker.connect() for worker in workers]
 
 
-def make_steps(here: list[VecEnv], workers: list[ProcessMember], device: str) -> dict[str, Callable[[], Any]]:
+def make_steps(here: list[VecEnv], workers: list[SubprocVecEnv], device: str) -> dict[str, Callable[[], Any]]:
     """What is timed, by way."""
-    batches = [MultiTaskVecEnv([Member(str(k), env) for k, env in enumerate(envs)], device) for envs in (here, workers)]
+    batches = [
+        MultiTaskVecEnv([TaskEnv(str(k), env) for k, env in enumerate(envs)], device) for envs in (here, workers)
+    ]
     actions = 2 * torch.rand(batches[0].num_envs, batches[0].num_actions, device=device) - 1
     parts = actions.split([env.num_envs for env in here])
     parts = [part[:, : env.num_actions].contiguous() for part, env in zip(parts, here, strict=True)]
@@ -234,7 +236,7 @@ def main(argv: list[str]) -> int:
     print(f"{'tasks':>5}{'alone':>10}{'composed':>10}{'overhead':>10}{'us/task':>9}", end="")
     print(f"{'workers':>12}{'composed':>10}{'overhead':>10}{'us/task':>9}   (ms per step of all tasks)")
     clock = Clock(options.device)
-    with members(specs) as (here, workers):
+    with task_envs(specs) as (here, workers):
         for env in (*here, *workers):
             clock.watch(env)
         for count in counts:

@@ -45,7 +45,7 @@ OUTPUT = Path(__file__).resolve().parents[1] / "benchmarks" / "model" / "probe.c
 UNSEEN_STEPS = 24_576
 """Steps that are recorded after the training, so that a gain is told to 0.006."""
 
-FIELDS = ("next_obs_valid", "rewards", "terminated", "dones", "lost", "actions", "mean", "std", "advantages", "task")
+FIELDS = ("next_obs_valid", "rewards", "terminated", "dones", "invalid", "actions", "mean", "std", "advantages", "task")
 """What is kept of each unseen rollout, beside the observations."""
 
 ACTING_KL = 0.3
@@ -167,7 +167,7 @@ def probe(recording: Recording, variant: dict[str, Any], steps: list[int], seed:
         ``gain``: rise of the standardised advantage along the gradient, per std of the action, mean over the tasks, and
         its standard error ``gain_se``; ``far_gain``: the same with advantages along all unseen steps instead of the
         few of a rollout, which end in the critic's own values; ``realised``: advantage that plans of :data:`ACTING_KL`
-        would have, by importance sampling; ``skill`` of the prediction; ``ms_per_step`` of training.
+        would have, by importance sampling; ``dynamics_r2`` of the prediction; ``ms_per_step`` of training.
     """
     cfg = replace(recording.cfg, world_model=replace(recording.cfg.world_model, **variant))
     objective, policy, replay = recording.build(cfg, seed)
@@ -186,9 +186,9 @@ def probe(recording: Recording, variant: dict[str, Any], steps: list[int], seed:
 
 
 def measure(recording: Recording, objective: Objective, policy: PolicyOutputs) -> dict[str, float]:
-    """Gain, realised gain and skill on the unseen rollouts; see :func:`probe`."""
+    """Gain, realised gain and ``dynamics_r2`` on the unseen rollouts; see :func:`probe`."""
     st, tasks = recording.unseen, recording.tasks
-    task, kept = st["task"].flatten(), ~st["lost"].flatten()
+    task, kept = st["task"].flatten(), ~st["invalid"].flatten()
     groups = {group: x.flatten(0, 1) for group, x in st["obs"].items()}
     obs = TensorDict(groups, batch_size=task.shape)
     next_groups = {group: x.flatten(0, 1) for group, x in st["next_obs"].items()}
@@ -219,7 +219,7 @@ def measure(recording: Recording, objective: Objective, policy: PolicyOutputs) -
         known = kept & st["next_obs_valid"].flatten()
         predicted = objective.model.step(z, st["actions"].flatten(0, 1), task)[0]
         if objective.model.anchor_dim:
-            unit = objective.model.changes.deviation()[task]
+            unit = objective.model.changes.stds()[task]
             off, change = (
                 x / unit for x in (objective.model.observation(predicted) - target, z[:, : target.shape[1]] - target)
             )
@@ -229,7 +229,7 @@ def measure(recording: Recording, objective: Objective, policy: PolicyOutputs) -
         error, still = (
             mean_per_task(x.clamp(-5, 5).square().mean(-1), known, task, tasks.count) for x in (off, change)
         )
-    return result | {"skill": (1.0 - error / still.clamp_min(1e-12)).mean().item()}
+    return result | {"dynamics_r2": (1.0 - error / still.clamp_min(1e-12)).mean().item()}
 
 
 @torch.no_grad()
@@ -241,11 +241,11 @@ def _far_advantages(recording: Recording, objective: Objective) -> tuple[torch.T
     values, next_values = (
         objective.values(TensorDict(groups, batch_size=task.shape), task).view(shape) for groups in parts
     )
-    ends = (st["terminated"], st["dones"] | st["lost"])
+    ends = (st["terminated"], st["dones"] | st["invalid"])
     gamma = tasks.discounts[st["task"][0]]
     _, far = gae(st["rewards"], values, next_values.nan_to_num(), *ends, gamma, LAMBDA)
     judged = (torch.arange(shape[0]) < max(1, shape[0] - LATER)).unsqueeze(1).expand(shape)
-    rows = (judged & ~st["lost"]).flatten()
+    rows = (judged & ~st["invalid"]).flatten()
     far = far.flatten() - mean_per_task(far.flatten(), rows, task, tasks.count)[task]
     std = mean_per_task(far.square(), rows, task, tasks.count).sqrt().clamp_min(1e-12)
     return far / std[task], rows
@@ -290,7 +290,7 @@ def main(argv: list[str]) -> int:
                             f"{row['task'][:24]:25}{variant:32}{row['steps']:>6}"
                             f"{row['gain']:>8.3f} +-{row['gain_se']:.3f}"
                             f"{row['far_gain']:>8.3f} +-{row['far_gain_se']:.3f}"
-                            f"{row['realised']:>8.3f} +-{row['realised_se']:.3f}{row['skill']:>7.2f}"
+                            f"{row['realised']:>8.3f} +-{row['realised_se']:.3f}{row['dynamics_r2']:>7.2f}"
                             f"{row['ms_per_step']:>7.1f} ms",
                             flush=True,
                         )

@@ -34,7 +34,7 @@ from m3po.config import PlannerCfg, WorldModelCfg
 from m3po.errors import M3POError, UserError
 from m3po.manifest import git_revision, jsonable, package_versions
 from m3po.models import WorldModel
-from m3po.planning import MPPIPlanner, Objective, Start
+from m3po.planning import MPPIPlanner, Objective, PlanInputs
 
 OUTPUT = Path(__file__).resolve().parents[1] / "benchmarks" / "planner"
 GAMMA = 0.99
@@ -63,15 +63,15 @@ class Ours(Contestant):
         sizes = {"samples": c.num_samples, "iterations": c.num_iterations, "horizon": self.planner.objective.horizon}
         return sizes | {"elites": c.num_elites, "policy_samples": c.num_policy_samples, "gamma": self.gamma}
 
-    def plan(self, start: Start) -> torch.Tensor:
+    def plan(self, inputs: PlanInputs) -> torch.Tensor:
         """Plan once; every plan draws new noise."""
-        start.step += 1
-        return self.planner.plan(start).mean
+        inputs.step += 1
+        return self.planner.plan(inputs).mean
 
     @torch.no_grad()
-    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+    def returns(self, inputs: PlanInputs, candidates: Candidates) -> torch.Tensor:
         """Evaluate as within a plan."""
-        return self.planner.evaluate(start, candidates.u)
+        return self.planner.evaluate(inputs, candidates.u)
 
 
 class OursBfloat16(Ours):
@@ -124,7 +124,7 @@ def make_setup(options: argparse.Namespace) -> Setup:
 
 
 @torch.no_grad()
-def make_start(setup: Setup, n: int) -> Start:
+def make_inputs(setup: Setup, n: int) -> PlanInputs:
     """Starts of n environments; each is the same whatever n is."""
     generator, device = torch.Generator().manual_seed(setup.seed), setup.device
     obs = torch.randn(n, setup.objective.model.anchor_dim, generator=generator).to(device)
@@ -132,16 +132,16 @@ def make_start(setup: Setup, n: int) -> Start:
     z = setup.objective.encode(TensorDict({"policy": obs}, [n]), task)
     mu, step = setup.objective.policy(z, task), torch.zeros((), dtype=torch.int64, device=device)
     mask = torch.ones_like(mu, dtype=torch.bool)
-    return Start(z, mu, torch.full_like(mu, 0.5), torch.zeros_like(mu), task, ids, step, mask)
+    return PlanInputs(z, mu, torch.full_like(mu, 0.5), torch.zeros_like(mu), task, ids, step, mask)
 
 
 @torch.no_grad()
-def make_candidates(setup: Setup, start: Start, samples: int) -> Candidates:
+def make_candidates(setup: Setup, inputs: PlanInputs, samples: int) -> Candidates:
     """Perturbations of the policy, and the actions that follow from them."""
-    shape = (*start.mu.shape[:1], samples, setup.budget.horizon, setup.action_dim)
+    shape = (*inputs.mu.shape[:1], samples, setup.budget.horizon, setup.action_dim)
     u = torch.randn(shape, generator=torch.Generator().manual_seed(setup.seed + 1)).to(setup.device)
-    noise = (u * start.sigma[:, None, None]).flatten(0, 1)
-    z, action, task = (x.repeat_interleave(samples, 0) for x in (start.z, start.mu, start.task))
+    noise = (u * inputs.sigma[:, None, None]).flatten(0, 1)
+    z, action, task = (x.repeat_interleave(samples, 0) for x in (inputs.z, inputs.mu, inputs.task))
     actions: list[torch.Tensor] = []
     for k in range(setup.budget.horizon):
         if k:
@@ -159,9 +159,9 @@ def assert_equal_work(contestants: dict[str, Contestant], setup: Setup) -> dict[
     Raises:
         UnequalWork: Names the contestant and what differs.
     """
-    start = make_start(setup, 2)
-    candidates = make_candidates(setup, start, max(setup.budget.samples, 16))
-    reference = Restated(setup, 2).returns(start, candidates)
+    inputs = make_inputs(setup, 2)
+    candidates = make_candidates(setup, inputs, max(setup.budget.samples, 16))
+    reference = Restated(setup, 2).returns(inputs, candidates)
     spread = reference.std(dim=1, keepdim=True)
     if not (spread > 0).all():
         raise UnequalWork("All candidates have the same return.")
@@ -170,7 +170,7 @@ def assert_equal_work(contestants: dict[str, Contestant], setup: Setup) -> dict[
         for name, value in contestant.budget.items():
             if value != getattr(setup.budget, name):
                 raise UnequalWork(f"{contestant.label} has {name} {value} instead of {getattr(setup.budget, name)}.")
-        returns = contestant.returns(start, candidates).float()
+        returns = contestant.returns(inputs, candidates).float()
         deviations[key] = ((returns - reference).abs() / spread).max().item()
         equal = deviations[key] < 1e-3
         if contestant.low_precision:  # what counts is that the candidates keep their order
@@ -209,9 +209,9 @@ def measure(setup: Setup, options: argparse.Namespace, keys: list[str]) -> list[
     """Time contestants at every number of environments: a row each, with all raw times."""
     rows: list[dict] = []
     for n in options.num_envs:
-        start, calls = make_start(setup, n), {}
+        inputs, calls = make_inputs(setup, n), {}
         for key in keys:
-            call = functools.partial(CONTESTANTS[key](setup, n).plan, start)
+            call = functools.partial(CONTESTANTS[key](setup, n).plan, inputs)
             call()
             seconds = clock(call, setup.device)[1]
             calls[key] = (call, max(1, math.ceil(options.min_seconds / seconds)))

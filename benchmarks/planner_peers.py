@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from m3po.planning import Objective, Start
+from m3po.planning import Objective, PlanInputs
 
 INSTALL = "uv pip install --python .venv --no-deps --require-hashes -r requirements-benchmark.txt"
 
@@ -70,11 +70,11 @@ class Contestant(ABC):
         """Fields of :class:`Budget` that it has, read back from the planner."""
 
     @abstractmethod
-    def plan(self, start: Start) -> torch.Tensor:
+    def plan(self, inputs: PlanInputs) -> torch.Tensor:
         """Plan once. Returns the actions to execute, (n, A)."""
 
     @abstractmethod
-    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+    def returns(self, inputs: PlanInputs, candidates: Candidates) -> torch.Tensor:
         """Imagined returns of candidates, (n, S), as within a plan."""
 
 
@@ -118,14 +118,14 @@ class Restated(Contestant):
         """The planner's own."""
         return asdict(self.b)
 
-    def plan(self, start: Start) -> torch.Tensor:
+    def plan(self, inputs: PlanInputs) -> torch.Tensor:
         """Plan once."""
-        return self.search(start.z, start.mu, start.sigma)[0]
+        return self.search(inputs.z, inputs.mu, inputs.sigma)[0]
 
     @torch.no_grad()
-    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+    def returns(self, inputs: PlanInputs, candidates: Candidates) -> torch.Tensor:
         """Evaluate as within a plan."""
-        return self.evaluate(start.z, candidates.actions)
+        return self.evaluate(inputs.z, candidates.actions)
 
     def evaluate(self, z: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Imagined returns (n, S) of candidates (n, S, H, A) from latents (n, Z)."""
@@ -216,19 +216,19 @@ class PytorchMppi(Contestant):
         return cost
 
     @torch.no_grad()
-    def plan(self, start: Start) -> torch.Tensor:
+    def plan(self, inputs: PlanInputs) -> torch.Tensor:
         """Refine a plan of zeros ``iterations`` times."""
-        self.mppi.U = start.z.new_zeros(self.n, self.mppi.T, self.mppi.nu)
+        self.mppi.U = inputs.z.new_zeros(self.n, self.mppi.T, self.mppi.nu)
         for _ in range(self.iterations):
             self._alive = 1.0
-            action = self.mppi.command(start.z, shift_nominal_trajectory=False)
+            action = self.mppi.command(inputs.z, shift_nominal_trajectory=False)
         return action
 
     @torch.no_grad()
-    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+    def returns(self, inputs: PlanInputs, candidates: Candidates) -> torch.Tensor:
         """Negative cost of candidates through the same callbacks."""
         actions = candidates.actions
-        z, cost, self._alive = start.z.repeat_interleave(actions.shape[1], 0), 0.0, 1.0
+        z, cost, self._alive = inputs.z.repeat_interleave(actions.shape[1], 0), 0.0, 1.0
         for k in range(self.mppi.T):
             action = actions[:, :, k].flatten(0, 1)
             z = self._dynamics(z, action, k)
@@ -303,20 +303,20 @@ class TorchRL(Contestant):
         sizes = {"samples": p.num_candidates, "iterations": p.optim_steps, "horizon": p.planning_horizon}
         return sizes | {"elites": p.top_k, "gamma": self.gamma}
 
-    def _start(self, start: Start) -> Any:
-        content = {"z": start.z, "alive": torch.ones_like(start.z[:, :1])}
-        return self._dict(content, [len(start.z)], device=start.z.device)
+    def _inputs(self, inputs: PlanInputs) -> Any:
+        content = {"z": inputs.z, "alive": torch.ones_like(inputs.z[:, :1])}
+        return self._dict(content, [len(inputs.z)], device=inputs.z.device)
 
     @torch.no_grad()
-    def plan(self, start: Start) -> torch.Tensor:
+    def plan(self, inputs: PlanInputs) -> torch.Tensor:
         """Plan once."""
-        return self.planner.planning(self._start(start))
+        return self.planner.planning(self._inputs(inputs))
 
     @torch.no_grad()
-    def returns(self, start: Start, candidates: Candidates) -> torch.Tensor:
+    def returns(self, inputs: PlanInputs, candidates: Candidates) -> torch.Tensor:
         """Advantage of candidates through the same environment."""
         actions = candidates.actions
-        td = self._start(start).unsqueeze(-1).expand(*actions.shape[:2]).to_tensordict()
+        td = self._inputs(inputs).unsqueeze(-1).expand(*actions.shape[:2]).to_tensordict()
         steps = iter(actions.unbind(2))
         td = self.env.rollout(
             actions.shape[2],

@@ -46,8 +46,8 @@ TASK_CURVES = {"task": "task", "env_steps": "env_steps", "seconds": "seconds", "
 """Column of ``tasks.csv``, which runs of several tasks have -> that of a stored curve."""
 
 DIAGNOSTICS = (
-    "action_std", "plan/gain", "planner/share", "planner/realised_gain", "gate/gain", "gate/ppo_budget",
-    "gate/plan_budget", "update/ppo_kl", "update/plan_kl", "update/ppo_slope", "update/plan_slope", "model/skill",
+    "action_std", "plan/gain", "planner/planned_fraction", "planner/realised_gain", "gate/gain", "gate/ppo_budget",
+    "gate/plan_budget", "update/ppo_kl", "update/plan_kl", "update/ppo_slope", "update/plan_slope", "model/dynamics_r2",
     "bonus/alpha",
 )  # fmt: skip
 """Columns of ``progress.csv`` that are kept of a single task's runs."""

@@ -134,7 +134,9 @@ def _read(path: Path) -> dict[str, list[float]]:
     """Columns of a ``progress.csv`` that say what an iteration cost, all iterations."""
     with open(path, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    kept = [name for name in rows[0] if name.startswith("time_") or name in ("planner/share", "gpu_memory_mib")]
+    kept = [
+        name for name in rows[0] if name.startswith("time_") or name in ("planner/planned_fraction", "gpu_memory_mib")
+    ]
     return {name: [float(row[name]) for row in rows] for name in kept}
 
 
@@ -149,7 +151,7 @@ def figures(record: dict[str, Any], warmup: int) -> dict[str, Any]:
         "steps_per_second": record["num_envs"] * record["num_steps"] / median(totals),
         "ms_per_step": median(totals) * to_ms_per_step,
         "split_ms": {part: median(values) * to_ms_per_step for part, values in parts.items()},
-        "planned": median(columns.get("planner/share", [0.0])),
+        "planned": median(columns.get("planner/planned_fraction", [0.0])),
         "peak_memory_mib": record["peak_memory_mib"],
         "gpu_memory_mib": max(columns.get("gpu_memory_mib", [0.0])),
     }

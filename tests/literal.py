@@ -9,7 +9,7 @@ from m3po.planning.mppi import MAX_NOISE, MIN_STD
 
 
 class LinearModel:
-    """Latents without falls: z' = z + a, reward -|z'|^2 - 0.1 |a|^2 (scaled), V = 0, a policy that does nothing."""
+    """No terminations: z' = z + a, reward -|z'|^2 - 0.1 |a|^2 (scaled), V = 0, a policy that does nothing."""
 
     cfg = SimpleNamespace(anchor=False)
 

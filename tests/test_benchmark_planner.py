@@ -35,7 +35,7 @@ def test_all_planners_judge_the_same_candidates_alike():
     assert deviations.pop("ours-bf16") < 0.3
     assert max(deviations.values()) < 1e-3
     for contestant in contestants.values():
-        assert contestant.plan(benchmark.make_start(common, 2)).shape == (2, 3)
+        assert contestant.plan(benchmark.make_inputs(common, 2)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(("key", "package"), [("pytorch-mppi", "pytorch_mppi"), ("torchrl", "torchrl")])
@@ -44,7 +44,7 @@ def test_the_installed_peers_judge_the_same_candidates_alike(key, package):
     common = setup()
     peers = build(common, key)
     assert max(benchmark.assert_equal_work(peers, common).values()) < 1e-3
-    assert peers[key].plan(benchmark.make_start(common, 2)).shape == (2, 3)
+    assert peers[key].plan(benchmark.make_inputs(common, 2)).shape == (2, 3)
 
 
 def test_unequal_work_is_refused():
@@ -59,7 +59,7 @@ def test_unequal_work_is_refused():
     with torch.no_grad():
         benchmark.assert_equal_work(contestants, common)
     returns = contestants["ours"].returns
-    contestants["ours"].returns = lambda start, candidates: 1.1 * returns(start, candidates)
+    contestants["ours"].returns = lambda inputs, candidates: 1.1 * returns(inputs, candidates)
     with pytest.raises(benchmark.UnequalWork, match=r"M3PO .* different returns"):
         benchmark.assert_equal_work(contestants, common)
 

@@ -27,7 +27,7 @@ def record(algorithm="m3po", num_envs=10, rows=M3PO_ROWS, scale=1.0, memory=100.
     """A stored run of 4 steps per rollout."""
     iterations = columns(rows, scale)
     if algorithm == "m3po":
-        iterations["planner/share"] = [0.0, *[0.5] * (len(rows) - 1)]
+        iterations["planner/planned_fraction"] = [0.0, *[0.5] * (len(rows) - 1)]
     run = {"algorithm": algorithm, "num_envs": num_envs, "num_steps": 4, "peak_memory_mib": memory}
     return run | {"iterations": iterations}
 
@@ -224,7 +224,7 @@ def test_peak_memory_and_exit_code_are_those_of_the_process():
 def test_both_algorithms_are_measured(run_script, tmp_path):
     options = ("--num_envs", "16", "--iterations", "3", "--warmup", "2", "--rounds", "1", "--output", tmp_path)
     # without the gradient's gate, the whole share acts by plans from the first step on
-    planning = ("planner.share=0.1", "planner.max_learning_kl=0.0", "world_model.steps_per_iteration=4")
+    planning = ("planner.planned_fraction=0.1", "planner.max_learning_kl=0.0", "world_model.steps_per_iteration=4")
     planning = [f"agent.algorithm.{override}" for override in planning]
     command = ["-m", "benchmarks", "training", "--task", "Isaac-Cartpole-v0", *options, "--overrides", *planning]
     result = run_script(command, timeout=600)

@@ -23,7 +23,7 @@ class HandModel:
     cfg = SimpleNamespace(features=1)
 
     def __init__(self, num_tasks=1, price=2.0):
-        self.falls = SimpleNamespace(terminal=torch.full((num_tasks,), price))
+        self.terminations = SimpleNamespace(terminal=torch.full((num_tasks,), price))
 
     def step(self, z, action, task):
         return z + action, 2.0 * z.squeeze(-1), torch.full_like(z[:, 0], 0.3)
@@ -59,7 +59,7 @@ def rollout(obs, actions, rewards, next_obs, advantages=None, task=None):
         rewards=rewards,
         next_obs=next_obs.unsqueeze(-1),
         terminated=no.clone(),
-        lost=no.clone(),
+        invalid=no.clone(),
         next_obs_valid=~no,
         advantages=torch.zeros_like(obs) if advantages is None else torch.as_tensor(advantages).view(1, -1).clone(),
         task=no.long() if task is None else task.view(1, -1),
@@ -76,11 +76,11 @@ def surprising(count=400, seed=0, **kwargs):
 class Replay:
     """The newest steps, (T, N), of one task unless said otherwise."""
 
-    def __init__(self, rewards, lost=None, task=None):
+    def __init__(self, rewards, invalid=None, task=None):
         no = torch.zeros_like(rewards, dtype=torch.bool)
         self.fields = {
             "rewards": rewards,
-            "lost": no if lost is None else lost,
+            "invalid": no if invalid is None else invalid,
             "task": no.long() if task is None else task,
         }
 
@@ -105,7 +105,7 @@ def test_the_gap_by_hand():
 
 
 def test_the_true_continuation_stands_on_both_sides():
-    # A fall: Q_mf = 3, Q_mb = 2, the price of a fall. With the mask on one side only, the gap would be 12.5 or 17.
+    # A termination: Q_mf = 3, Q_mb = 2, its price. With the mask on one side only, the gap would be 12.5 or 17.
     bonus = build(**LITERAL)
     st = rollout([1.5], [0.5], [3.0], [2.0])
     st.terminated[:] = True
@@ -127,7 +127,7 @@ def test_the_observation_counts_in_units_of_what_a_step_changes():
     bonus = build(num_functions=4)
     model = bonus.objective.model
     model.anchor_dim, model.own_dims = 1, torch.ones(1, 1)
-    model.changes = SimpleNamespace(deviation=lambda: torch.tensor([[0.25]]))
+    model.changes = SimpleNamespace(stds=lambda: torch.tensor([[0.25]]))
     st = rollout([1.0], [0.5], [3.0], [2.0])
     torch.testing.assert_close(bonus.gaps(st, ONE)[0, 1:], (2.0 * bonus.functions[0]).abs())
     model.own_dims = torch.zeros(1, 1)
@@ -287,11 +287,11 @@ def test_gaps_of_value_and_functions_count_alike_whatever_their_size():
 
 
 @pytest.mark.parametrize("cfg", [{}, LITERAL])
-def test_steps_that_were_lost_or_whose_successor_is_unknown_have_no_bonus_and_change_none(cfg):
+def test_invalid_steps_and_those_whose_successor_is_unknown_have_no_bonus_and_change_none(cfg):
     found = []
     for poison in (0.0, 1e4):
         st = surprising()
-        st.lost[:, :20] = True
+        st.invalid[:, :20] = True
         st.next_obs_valid[:, 20:40] = False
         st.next_obs[:, :40] += poison
         st.rewards[:, :20] += poison
@@ -303,13 +303,13 @@ def test_steps_that_were_lost_or_whose_successor_is_unknown_have_no_bonus_and_ch
     assert not torch.equal(found[0], before)
 
 
-def test_a_rewarded_trajectory_is_one_with_any_reward_that_was_not_lost():
-    rewards, lost = torch.zeros(8, 4), torch.zeros(8, 4, dtype=torch.bool)
+def test_a_rewarded_trajectory_is_one_with_any_reward_that_is_not_invalid():
+    rewards, invalid = torch.zeros(8, 4), torch.zeros(8, 4, dtype=torch.bool)
     rewards[3, 0] = -1e-3
     rewards[5, 1] = 7.0
-    lost[5, 1] = True
+    invalid[5, 1] = True
     bonus = build()
-    bonus._measure_rewarded(Replay(rewards, lost))
+    bonus._measure_rewarded(Replay(rewards, invalid))
     assert bonus.gates.rewarded.item() == pytest.approx(0.1 * 0.25)
 
 

@@ -38,23 +38,23 @@ def replay(discounts: list[float]) -> CriticReplay:
 
 
 def trajectory(num_steps: int, num_envs: int, num_tasks: int, seed: int = 0) -> dict:
-    """Random steps with terminations, time-outs with and without their final observation, and lost steps."""
+    """Random steps with terminations, time-outs with and without their final observation, and invalid steps."""
     stream = torch.Generator().manual_seed(seed)
 
     def chance(share: float) -> torch.Tensor:
         return torch.rand(num_steps, num_envs, generator=stream) < share
 
-    dones, lost = chance(0.3), chance(0.1)
+    dones, invalid = chance(0.3), chance(0.1)
     shape = (num_steps, num_envs)
     return {
         "obs": TensorDict({"policy": torch.randn(*shape, 2, generator=stream)}, batch_size=shape),
         "next_obs": TensorDict({"policy": torch.randn(*shape, 2, generator=stream)}, batch_size=shape),
         "actions": torch.randn(*shape, 2, generator=stream),
         "rewards": torch.randn(shape, generator=stream),
-        "dones": dones | lost,
-        "terminated": dones & chance(0.5) & ~lost,
+        "dones": dones | invalid,
+        "terminated": dones & chance(0.5) & ~invalid,
         "next_obs_valid": ~dones | chance(0.5),
-        "lost": lost,
+        "invalid": invalid,
         "task": (torch.arange(num_envs) % num_tasks).expand(shape),
     }
 
@@ -75,7 +75,7 @@ def test_returns_are_those_of_a_plain_loop(discounts, trained):
             own = value("obs", t)
             done, terminated = bool(steps["dones"][t, n]), bool(steps["terminated"][t, n])
             ended = done or t == num_steps - 1
-            if steps["lost"][t, n]:
+            if steps["invalid"][t, n]:
                 target = own  # nothing was learnt of this step
             elif terminated:
                 target = steps["rewards"][t, n].item()
@@ -92,13 +92,13 @@ def test_returns_are_those_of_a_plain_loop(discounts, trained):
             assert advantages[t, n].item() == pytest.approx(target - own, abs=1e-5), (t, n)
 
 
-def test_what_a_lost_environment_showed_reaches_no_other_step():
+def test_what_an_invalid_step_showed_reaches_no_other_step():
     steps = trajectory(12, 8, 1)
     learner, clean = replay([0.95]), trajectory(12, 8, 1)
     for group in ("obs", "next_obs"):
-        steps[group]["policy"][steps["lost"]] = torch.nan
-    kept = ~steps["lost"]
-    kept[:-1] &= ~steps["lost"][1:] | steps["dones"][:-1]  # a step that led to a lost one sees its value
+        steps[group]["policy"][steps["invalid"]] = torch.nan
+    kept = ~steps["invalid"]
+    kept[:-1] &= ~steps["invalid"][1:] | steps["dones"][:-1]  # a step that led to an invalid one sees its value
     assert torch.equal(learner.returns(steps)[0][kept].isfinite(), torch.ones(int(kept.sum()), dtype=torch.bool))
     ended = kept & steps["dones"]
     assert torch.equal(learner.returns(steps)[0][ended], learner.returns(clean)[0][ended])
@@ -107,7 +107,7 @@ def test_what_a_lost_environment_showed_reaches_no_other_step():
 def train(iterations: int, seed: int = 0, **algorithm: object) -> M3PORunner:
     torch.manual_seed(seed)
     off = {"world_model": {"steps_per_iteration": 0}, "bonus": {"size": 0.0}}
-    off["planner"] = {"share": 0.0, "max_learning_kl": 0.0}
+    off["planner"] = {"planned_fraction": 0.0, "max_learning_kl": 0.0}
     cfg = runner_cfg(**{**off, "value_loss_coef": 1.0, **algorithm})
     runner = M3PORunner(PointEnv(32, episode=60), cfg, None, "cpu")
     runner.learn(iterations)
@@ -115,7 +115,7 @@ def train(iterations: int, seed: int = 0, **algorithm: object) -> M3PORunner:
 
 
 def error_of_values(runner: M3PORunner) -> float:
-    """Mean error of the critic against discounted returns of whole episodes, in deviations of these."""
+    """Mean error of the critic against discounted returns of whole episodes, in stds of these."""
     env, alg = PointEnv(256, episode=60, seed=7), runner.alg
     obs, _ = env.reset()
     values, returns, alive = (

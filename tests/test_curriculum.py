@@ -9,7 +9,7 @@ import torch
 from toy_env import PointEnv, runner_cfg
 
 from isaaclab_m3po.vec_env import IsaacVecEnv
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
 
@@ -55,9 +55,9 @@ def test_an_environment_without_curricula_has_none(tmp_path):
     runner.load(path)
 
 
-def test_members_have_their_own():
+def test_tasks_have_their_own():
     hard, plain = Hardening(4), PointEnv(4)
-    env = MultiTaskVecEnv([Member("hard", hard, None, False), Member("plain", plain, None, False)], "cpu")
+    env = MultiTaskVecEnv([TaskEnv("hard", hard, None, False), TaskEnv("plain", plain, None, False)], "cpu")
     hard.steps = 7
     state = env.curriculum_state()
     assert state == [{"steps": 7}, None]

@@ -50,7 +50,7 @@ def test_two_processes_learn_what_one_learns(trained, which):
     for here, there in zip(first["gradients"], one["gradients"], strict=True):
         assert (here - there).norm() < CLOSE * there.norm()
     assert first["learning_rate"] == pytest.approx(one["learning_rate"])
-    assert one["rows"][-1]["planner/share"] >= 0.5  # where the gates let plans act
+    assert one["rows"][-1]["planner/planned_fraction"] >= 0.5  # where the gates let plans act
     assert one["rows"][0]["bonus/mean_abs"] > 0.0
     assert max(row["plan/kl"] for row in one["rows"]) > 0.0
     for name, network in first["networks"].items():

@@ -193,7 +193,7 @@ def test_most_balls_start_in_the_cup() -> None:
     start = spin.initial(count, np.random.default_rng(0))
     cup, x, z = start.qpos[:, :2], start.qpos[:, 2], start.qpos[:, 3]
     caught = (abs(x) < 0.025) & (abs(z - 0.35) < 0.025)
-    # Nine tenths, and the few of the others that happen to be drawn there: 4 standard deviations of 0.0047.
+    # Nine tenths, and the few of the others that happen to be drawn there: 4 stds of 0.0047.
     assert 0.9 - 0.019 < caught.mean() < 0.9 + 0.1 * 0.05 + 0.019
     others = ~caught
     assert x[others].min() < -0.15 and x[others].max() > 0.15 and abs(x).max() <= 0.2

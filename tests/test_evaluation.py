@@ -9,7 +9,7 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.errors import UserError
 from m3po.evaluation import CHECK_INTERVAL, evaluate, evaluate_policies
 
@@ -75,7 +75,7 @@ def ones(obs: TensorDict) -> torch.Tensor:
 
 
 def test_short_episodes_are_not_over_represented() -> None:
-    """One environment always falls after 1 step, the other always survives 10: the mean is that of both."""
+    """One environment always terminates after 1 step, the other always survives 10: the mean is that of both."""
     result = evaluate(ScriptedEnv([[-1], [10]]), ones, num_episodes=4)
     assert result["num_episodes"] == 4
     assert sorted(result["returns"]) == [1.0, 1.0, 10.0, 10.0]
@@ -111,8 +111,9 @@ def test_success_belongs_to_the_step_that_reports_it() -> None:
 
 
 def test_survival_is_known_for_each_episode() -> None:
-    """An environment that falls in its second, uncounted episode must not spoil the success of one that survives."""
-    env = ScriptedEnv([[4], [-2, -2]], survival)  # step 4: the time-out of env 0 and the second fall of env 1, mean 0.5
+    """One that terminates in its second, uncounted episode must not spoil the success of one that survives."""
+    # Step 4: the time-out of env 0 and the second termination of env 1, mean 0.5.
+    env = ScriptedEnv([[4], [-2, -2]], survival)
     assert evaluate(env, ones, num_episodes=2)["success_rate"] == 0.5  # (1 + 0) / 2, not (0.5 + 0) / 2
 
 
@@ -195,12 +196,12 @@ def test_an_episode_that_goes_on_ends_at_the_time_limit() -> None:
 
 def test_success_of_each_of_several_tasks() -> None:
     """Every task's own log says what success means there; one without says nothing, and has no score."""
-    members = {
+    task_envs = {
         "balance": ScriptedEnv([[4], [-4]], survival),
         "reach": ScriptedEnv([[5], [-2], [-3]], goal),
         "walk": ScriptedEnv([[3], [-3]]),
     }
-    env = MultiTaskVecEnv([Member(name, member) for name, member in members.items()], "cpu")
+    env = MultiTaskVecEnv([TaskEnv(name, task_env) for name, task_env in task_envs.items()], "cpu")
     tasks = evaluate(env, ones, num_episodes=3)["tasks"]
     assert {name: task["success_rate"] for name, task in tasks.items()} == {
         "balance": pytest.approx(2 / 3),

@@ -8,10 +8,10 @@ import onnxruntime
 import pytest
 import torch
 from toy_env import PointEnv, runner_cfg
-from toy_members import ToyMember
+from toy_tasks import ToyTask
 
 from m3po import export
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.errors import M3POError
 from m3po.runners import M3PORunner
 
@@ -60,7 +60,7 @@ def test_each_of_several_tasks_gets_a_policy_of_its_own(tmp_path: Path) -> None:
     """From plain observations to a task's own actions, whatever the padding holds for the others."""
     torch.manual_seed(0)
     dims = {"small": 1, "large": 3}
-    env = MultiTaskVecEnv([Member(name, ToyMember(dim=dim, seed=dim)) for name, dim in dims.items()], "cpu")
+    env = MultiTaskVecEnv([TaskEnv(name, ToyTask(dim=dim, seed=dim)) for name, dim in dims.items()], "cpu")
     runner = M3PORunner(env, runner_cfg(), log_dir=None, device="cpu")
     obs = env.get_observations()
     actor = runner.alg.actor

@@ -79,7 +79,7 @@ def test_the_share_that_acts_follows_the_realised_gain():
 
 
 def test_a_realised_gain_of_zero_shrinks_the_share_to_the_least_part():
-    runner = runner_of(PointEnv(64), share=0.5)
+    runner = runner_of(PointEnv(64), planned_fraction=0.5)
     runner.learn(1)
     alg = runner.alg
     alg.gates.gain.fill_(1.0)
@@ -111,13 +111,13 @@ def test_a_realised_gain_of_zero_shrinks_the_share_to_the_least_part():
 
 
 def test_steps_that_never_took_place_say_nothing_of_plans():
-    runner = runner_of(PointEnv(8), share=1.0)
+    runner = runner_of(PointEnv(8), planned_fraction=1.0)
     alg = runner.alg
     collect(runner)
     st = alg.storage
     st.planned[:, :4] = True
     st.advantages.copy_(st.planned.float())
-    st.lost[:, 3] = st.any_lost = True
+    st.invalid[:, 3] = st.any_invalid = True
     st.advantages[:, 3] = 1e6
     assert alg.hindsight.measure(judged(alg))["planner/lasting_gain"] == pytest.approx(1.0)
     before = alg.gates.realised.clone()

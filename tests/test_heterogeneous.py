@@ -229,7 +229,7 @@ def test_m3po_trains_the_scene(registry, tmp_path, clone_strategy):
     assert cfg["actor"]["class_name"] == cfg["critic"]["class_name"] == "MLPModel"
     assert cfg["algorithm"]["world_model"]["task_embedding_dim"] == 16
     # without the gradient's gate, the whole share acts by plans from the first step on
-    cfg["algorithm"]["planner"] |= {"share": 0.5, "max_learning_kl": 0.0, "num_samples": 8, "num_elites": 4}
+    cfg["algorithm"]["planner"] |= {"planned_fraction": 0.5, "max_learning_kl": 0.0, "num_samples": 8, "num_elites": 4}
     cfg["algorithm"]["world_model"] |= {"steps_per_iteration": 2, "batch_size": 32}
     if clone_strategy:
         assert env.task_ids.tolist() == [0, 1, 2] * 4

@@ -58,7 +58,7 @@ def test_each_step_is_judged_once_when_enough_later_ones_are_known(num_steps, ho
         times = torch.arange(total)[-horizon:].float()
         none = torch.zeros(len(times), 2)
         steps = {"notes": times.view(-1, 1, 1).expand(-1, 2, 4), "advantages": torch.randn(len(times), 2)}
-        steps |= {"planned": none.bool(), "lost": none.bool(), "task": none.long()}
+        steps |= {"planned": none.bool(), "invalid": none.bool(), "task": none.long()}
         found = alg.hindsight.judge(steps, num_steps)
         if found is None:
             assert total <= later
@@ -167,7 +167,7 @@ def test_the_std_is_part_of_the_step():
     assert found["update/plan_slope"] == found["update/plan_kl"] == 0.0
 
 
-def test_lost_steps_do_not_count_and_planned_ones_about_their_plan():
+def test_invalid_steps_do_not_count_and_planned_ones_about_their_plan():
     ppo = torch.tensor([0.4, 0.0])
     alg, st, noise = moved(ppo, torch.zeros(2))
     st.advantages.copy_(noise[..., 0])
@@ -178,7 +178,7 @@ def test_lost_steps_do_not_count_and_planned_ones_about_their_plan():
     st.actions[:, :200] += shift
     st.planned[:, :200] = True
     assert measure(alg)["update/ppo_slope"] == pytest.approx(before, rel=1e-4)
-    st.lost[:, :100] = True
+    st.invalid[:, :100] = True
     st.advantages[:, :100] = 1e6
     assert measure(alg)["update/ppo_slope"] == pytest.approx(before, abs=0.05)
 
@@ -309,7 +309,7 @@ def test_a_run_of_updates_that_wait_has_as_many_steps_and_ends_where_it_should(t
 
             def watch(steps, num_steps, judge=judge, seen=judged_steps):
                 judged = judge(steps, num_steps)
-                seen.append(0 if judged is None else len(judged.lost))
+                seen.append(0 if judged is None else len(judged.invalid))
                 return judged
 
             def learn(update=update, alg=alg, lengths=lengths):

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from m3po.config import PlannerCfg, WorldModelCfg
 from m3po.models import WorldModel
 from m3po.models.task_policy import TaskMLPModel
-from m3po.planning import MPPIPlanner, Objective, Start
+from m3po.planning import MPPIPlanner, Objective, PlanInputs
 from m3po.planning import mppi as module
 
 NOISE = {"class_name": "GaussianDistribution", "init_std": 0.5}
@@ -65,26 +65,26 @@ def make(tasks=1, n=6, samples=4, features=16, activation="elu", normalized=True
         z = objective.encode(obs, task)
     mu, sigma = torch.randn(n, ACTIONS), 0.2 + torch.rand(n, ACTIONS)
     u = torch.randn(n, samples, cfg.horizon, ACTIONS) * mask[task][:, None, None]
-    start = Start(z, mu, sigma, torch.zeros_like(mu), task, torch.arange(n), torch.tensor(0), mask[task])
-    return MPPIPlanner(objective, cfg, 0), start, u
+    inputs = PlanInputs(z, mu, sigma, torch.zeros_like(mu), task, torch.arange(n), torch.tensor(0), mask[task])
+    return MPPIPlanner(objective, cfg, 0), inputs, u
 
 
 @torch.no_grad()
-def reference(planner, start, u):
+def reference(planner, inputs, u):
     """The objective on every candidate."""
     samples = u.shape[1]
-    z, mu, task = (x.repeat_interleave(samples, 0) for x in (start.z, start.mu, start.task))
-    noise = (u * start.sigma[:, None, None]).flatten(0, 1)
+    z, mu, task = (x.repeat_interleave(samples, 0) for x in (inputs.z, inputs.mu, inputs.task))
+    noise = (u * inputs.sigma[:, None, None]).flatten(0, 1)
     return planner.objective.returns(z, mu + noise[:, 0], task, noise).view(-1, samples)
 
 
-def deviation(planner, start, u):
+def deviation(planner, inputs, u):
     """Largest difference, in units of the largest return of the task."""
-    expected = reference(planner, start, u)
+    expected = reference(planner, inputs, u)
     assert expected.std() > 0
-    error = (planner.evaluate(start, u) - expected).abs()
+    error = (planner.evaluate(inputs, u) - expected).abs()
     return max(
-        (error[start.task == k].max() / expected[start.task == k].abs().max()).item() for k in start.task.unique()
+        (error[inputs.task == k].max() / expected[inputs.task == k].abs().max()).item() for k in inputs.task.unique()
     )
 
 
@@ -100,10 +100,10 @@ def test_returns_are_those_of_the_objective(tasks, features, average, horizon):
 @pytest.mark.parametrize("samples", [1, 5])
 def test_chunks_and_any_number_of_candidates(tasks, samples, monkeypatch):
     monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 11)
-    planner, start, u = make(tasks, n=7, samples=samples)
-    before = start.z.clone(), u.clone()
-    assert deviation(planner, start, u) < 1e-5
-    assert torch.equal(start.z, before[0])
+    planner, inputs, u = make(tasks, n=7, samples=samples)
+    before = inputs.z.clone(), u.clone()
+    assert deviation(planner, inputs, u) < 1e-5
+    assert torch.equal(inputs.z, before[0])
     assert torch.equal(u, before[1])
 
 
@@ -115,24 +115,24 @@ def test_other_activations_and_no_normalisation(activation, normalized):
 
 
 def test_inputs_far_from_the_mean_are_bounded_for_the_model_alone():
-    planner, start, u = make()
-    start.z[0, :4] = 300.0
-    assert deviation(planner, start, u) < 1e-5
+    planner, inputs, u = make()
+    inputs.z[0, :4] = 300.0
+    assert deviation(planner, inputs, u) < 1e-5
 
 
 def test_terminations_end_a_return():
-    planner, start, u = make()
+    planner, inputs, u = make()
     output = planner.objective.model.transition[-1]
     with torch.no_grad():
-        output.weight[-1], output.bias[-1] = 0.0, 50.0  # every step is a fall
-    terminal = planner.objective.model.falls.terminal[0].expand_as(u[..., 0, 0])
-    torch.testing.assert_close(planner.evaluate(start, u), terminal)
+        output.weight[-1], output.bias[-1] = 0.0, 50.0  # every step is a termination
+    terminal = planner.objective.model.terminations.terminal[0].expand_as(u[..., 0, 0])
+    torch.testing.assert_close(planner.evaluate(inputs, u), terminal)
 
 
 def test_bfloat16_ranks_candidates_alike():
-    planner, start, u = make(samples=32, precision="bfloat16")
-    expected = reference(planner, start, u)
-    found = planner.evaluate(start, u)
+    planner, inputs, u = make(samples=32, precision="bfloat16")
+    expected = reference(planner, inputs, u)
+    found = planner.evaluate(inputs, u)
     assert found.dtype == torch.float32
     both = torch.stack((found.flatten() - found.mean(), expected.flatten() - expected.mean()))
     assert torch.corrcoef(both)[0, 1] > 0.99
@@ -144,6 +144,6 @@ def test_float64():
 
 
 def test_zero_iterations_are_the_plan_of_the_gradient():
-    planner, start, _ = make(num_iterations=0)
-    start = replace(start, shift=0.01 * torch.ones_like(start.mu))
-    torch.testing.assert_close(planner.plan(start).mean, start.mu + 0.01 * start.sigma)
+    planner, inputs, _ = make(num_iterations=0)
+    inputs = replace(inputs, shift=0.01 * torch.ones_like(inputs.mu))
+    torch.testing.assert_close(planner.plan(inputs).mean, inputs.mu + 0.01 * inputs.sigma)

@@ -106,7 +106,7 @@ def test_update_equals_the_reference(device, shape, num_elites):
     num_elites = samples if num_elites is None else min(num_elites, samples)
     candidates = torch.randn(n, samples + 1, horizon, dims, device=device)[:, 1:]
     returns = torch.randn(n, samples + 1, device=device)[:, 1:] * 100 - 5000
-    returns[0] = 3.0  # all equal: no deviation, and the first ones are elites
+    returns[0] = 3.0  # all equal: no std, and the first ones are elites
     results = []
     for update in (elites.update_distribution, elites.update_distribution_torch):
         mean, std = (poisoned(n, horizon, dims, device=device) for _ in range(2))
@@ -121,8 +121,8 @@ def test_update_equals_the_reference(device, shape, num_elites):
 
 
 def test_update_of_a_hand_computed_case():
-    # Returns 0, 2, 4: mean 2, deviation sqrt(8/3), z-scores -1.2247, 0, 1.2247. Elites: the last two.
-    # Weights: softmax(0, 1.2247) = 0.22711, 0.77289.  u = 1, 5: mean 4.09156, deviation 4 sqrt(.22711 * .77289).
+    # Returns 0, 2, 4: mean 2, std sqrt(8/3), z-scores -1.2247, 0, 1.2247. Elites: the last two.
+    # Weights: softmax(0, 1.2247) = 0.22711, 0.77289.  u = 1, 5: mean 4.09156, std 4 sqrt(.22711 * .77289).
     candidates = torch.tensor([[7.0, 1.0, 5.0]]).view(1, 3, 1, 1)
     mean, std, weights, spread = torch.empty(1, 1, 1), torch.empty(1, 1, 1), torch.empty(1, 3), torch.empty(1)
     returns = torch.tensor([[0.0, 2.0, 4.0]])

@@ -52,7 +52,7 @@ def test_what_is_normalised_can_be_inverted():
     rows = torch.randn(40, 3) * (task + 2).unsqueeze(1) + 5
     normalizer.update(rows, task)
     torch.testing.assert_close(normalizer.invert(normalizer(rows, task), task), rows, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(normalizer.deviation()[1], rows[1::2].std(0, unbiased=False) + 1e-2)
+    torch.testing.assert_close(normalizer.stds()[1], rows[1::2].std(0, unbiased=False) + 1e-2)
 
 
 @pytest.mark.parametrize("memory", [0.0, 100.0])
@@ -60,11 +60,11 @@ def test_old_rows_are_forgotten(memory):
     """They weigh as much as ``memory`` rows at most, against those that are new."""
     normalizer, statistics = TaskNormalizer(1, 1, eps=0.0, memory=memory), RewardStatistics(1, memory=memory)
     task = torch.zeros(100, dtype=torch.long)
-    falls = torch.arange(100) < 50
+    terminated = torch.arange(100) < 50
     for value in [0.0] * 20 + [8.0]:
         rows = torch.full((100,), value)
         normalizer.update(rows.unsqueeze(1), task)
-        statistics.update(rows, falls, task)
+        statistics.update(rows, terminated, task)
     part = 100 / (100 + memory)
     torch.testing.assert_close(normalizer.mean[0, 0], torch.tensor(8.0 * part))
     torch.testing.assert_close(normalizer.var[0, 0], torch.tensor(64.0 * part * (1 - part)))

@@ -83,7 +83,7 @@ class Odd(PointEnv):
         "Metrics/none": None,
         "Metrics/dict": {"a": 1},
         "task/success": 1.0,
-        "policy/clipped_share": 77.0,
+        "policy/clip_fraction": 77.0,
         "loss/surrogate": 78.0,
         "mean_return": 79.0,
         3: 4.0,
@@ -105,10 +105,10 @@ def test_names_and_values_of_a_log_cannot_hurt_a_run(tmp_path, capsys):
         assert out.count(f"holds no number under '{key}'") == 1
     (row, *_), (_, losses, metrics) = rows[0], rows[-1]  # a log that stays the same is told once
     assert (row["Metrics/list"], row["Metrics/numpy"], row["Metrics/array"]) == (1.5, 1.5, 1.0)
-    assert (row["Episode/task/success"], row["Episode/policy/clipped_share"]) == (1.0, 77.0)
+    assert (row["Episode/task/success"], row["Episode/policy/clip_fraction"]) == (1.0, 77.0)
     assert (row["Episode/loss/surrogate"], row["Episode/mean_return"], row["Episode/3"]) == (78.0, 79.0, 4.0)
     assert not [name for name in row if name.startswith("task/")]
-    assert metrics["policy/clipped_share"] != 77.0
+    assert metrics["policy/clip_fraction"] != 77.0
     assert losses["surrogate"] != 78.0
 
 

@@ -44,7 +44,7 @@ def weights(run):
 @pytest.mark.parametrize("execution", ["projected", "mppi"])
 def test_behaviour_density_against_monte_carlo(execution):
     """``E_beta[q / beta] = 1`` for any density q: the stored ``log beta`` must be that of the executed actions."""
-    env, algorithm = build(10_000, planner={"share": 1.0, "execution": execution, "max_acting_kl": 0.5})
+    env, algorithm = build(10_000, planner={"planned_fraction": 1.0, "execution": execution, "max_acting_kl": 0.5})
     open_gates(algorithm).model.transition[1].weight.data.normal_(std=0.5)
     obs = env.get_observations()
     obs["policy"][:] = 0.1
@@ -63,7 +63,7 @@ def test_behaviour_density_against_monte_carlo(execution):
 
 
 def test_the_planned_share_rotates():
-    _, algorithm = build(planner={"share": 0.25})
+    _, algorithm = build(planner={"planned_fraction": 0.25})
     open_gates(algorithm)
     seen = []
     for _ in range(4):
@@ -137,9 +137,9 @@ def test_reports_and_checkpoints(tmp_path, capsys):
         "loss/surrogate",
         "loss/model_reward",
         "planner/kl",
-        "planner/share",
+        "planner/planned_fraction",
         "policy/effective_sample_size",
-        "policy/clipped_share",
+        "policy/clip_fraction",
         "policy/value_ev",
         "bonus/mean_abs",
         "bonus/alpha",
@@ -152,7 +152,7 @@ def test_reports_and_checkpoints(tmp_path, capsys):
         "gate/gain",
         "gate/realised",
         "gate/rewarded",
-        "model/skill",
+        "model/dynamics_r2",
         "model/reward_ev",
         "loss/critic_replay",
     )
@@ -233,7 +233,7 @@ def test_several_processes_are_refused(monkeypatch):
     [
         ({"num_mini_batches": 1000}, "128 samples"),
         ({"planner": {"num_elites": 99, "num_samples": 8}}, "num_elites"),
-        ({"planner": {"share": 1.5}}, "share"),
+        ({"planner": {"planned_fraction": 1.5}}, "planned_fraction"),
         ({"planner": {"num_samples": 5}}, "at least 6, four of the gradient"),
         ({"planner": {"num_policy_samples": 5}}, "at least 9, four of the gradient"),
         ({"ratio": "nonsense"}, "decoupled, prior"),
@@ -259,7 +259,9 @@ def test_unknown_fields_are_listed():
 
 def test_learns_to_stay_at_the_origin():
     """A few seconds of training beat the starting policy clearly, with the planner allowed once its model is good."""
-    cfg = runner_cfg(planner={"share": 0.5}, gamma=0.95, critic_replay={"steps_per_iteration": 32, "batch_size": 256})
+    cfg = runner_cfg(
+        planner={"planned_fraction": 0.5}, gamma=0.95, critic_replay={"steps_per_iteration": 32, "batch_size": 256}
+    )
     cfg |= {"max_iterations": 40, "num_steps_per_env": 10}
     torch.manual_seed(1)
     run = M3PORunner(PointEnv(128), cfg, device="cpu")
@@ -286,7 +288,7 @@ def test_paper_mode_plans_everywhere_on_the_same_code_path(tmp_path):
     train(cfg, 3, str(tmp_path))
     with open(tmp_path / "progress.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [float(r["planner/share"]) for r in rows] == [1.0] * 3
+    assert [float(r["planner/planned_fraction"]) for r in rows] == [1.0] * 3
     assert [float(r["bonus/alpha"]) for r in rows] == [1.0, 0.75, 0.5]
     assert all(math.isfinite(float(v)) for r in rows for v in r.values() if v)
 
@@ -326,13 +328,13 @@ def test_extra_model_steps_are_taken_at_first_and_fewer_where_nothing_needs_the_
 
 
 def test_realised_gain_compares_planned_environments_with_the_others():
-    _, algorithm = build(planner={"share": 0.25})
+    _, algorithm = build(planner={"planned_fraction": 0.25})
     st, gates = algorithm.storage, algorithm.gates
     st.std.fill_(1.0)
     st.planned[:, :4] = True
     st.advantages[:, :4], st.advantages[:, 4:] = 0.5, -0.25
     metrics = behaviour_metrics(st, torch.ones_like(st.values), 1, "projected")
-    assert metrics["planner/share"] == 0.25
+    assert metrics["planner/planned_fraction"] == 0.25
     assert metrics["planner/realised_gain"] == 0.75
     algorithm.replay.add(st)
     assert algorithm.hindsight.measure(judged(algorithm))["planner/lasting_gain"] == 0.75
@@ -351,7 +353,7 @@ def test_plans_are_made_learnt_from_and_acted_on_where_the_gates_are_open(tmp_pa
     run.learn(4)
     with open(tmp_path / "progress.csv", encoding="utf-8") as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    assert all(row["planner/share"] == 0.25 for row in rows)
+    assert all(row["planner/planned_fraction"] == 0.25 for row in rows)
     assert all(0.0 < row["planner/kl"] <= 0.301 for row in rows[1:])
     assert all(0.0 < row["plan/kl"] <= 1.2 * row["plan/max_kl"] for row in rows[1:])
     assert all(row["plan/cosine"] > 0.3 for row in rows[1:])
@@ -361,13 +363,14 @@ def test_plans_are_made_learnt_from_and_acted_on_where_the_gates_are_open(tmp_pa
     ("version", "message"),
     [
         (3, "written by an earlier version, whose networks were different"),
+        (FORMAT - 1, "written by an earlier version, whose networks were different"),
         (FORMAT + 1, f"this version reads format {FORMAT}"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(version, message, tmp_path):
     run = train(runner_cfg(), 1, str(tmp_path))
     content = read_checkpoint(tmp_path / "model_last.pt")
-    assert content["m3po"]["format"] == FORMAT == 5
+    assert content["m3po"]["format"] == FORMAT == 6
     content["m3po"]["format"] = version
     write_checkpoint(tmp_path / "other.pt", content)
     before = weights(run)

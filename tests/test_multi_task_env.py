@@ -1,4 +1,4 @@
-"""Several tasks as one batch: padding, masks and bookkeeping, with members in this process."""
+"""Several tasks as one batch: padding, masks and bookkeeping, with tasks in this process."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import pytest
 import torch
 from rsl_rl.runners import OnPolicyRunner
 from toy_env import runner_cfg
-from toy_members import ToyMember
+from toy_tasks import ToyTask
 
-from m3po.envs.member_process import MemberError
-from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv, task_discount
 from m3po.envs.padding import Padding
+from m3po.envs.subproc_env import TaskEnvError
 from m3po.errors import UserError
 
 SIZES = {"small": {"num_envs": 3, "dim": 1}, "large": {"num_envs": 5, "dim": 4, "episode": 11}, "middle": {"dim": 2}}
 
 
-def make_members(**changes) -> list[Member]:
+def make_task_envs(**changes) -> list[TaskEnv]:
     """One of each size; ``changes`` go to all of them."""
     return [
-        Member(name, ToyMember(**size, seed=seed, **changes), reports_success=True)
+        TaskEnv(name, ToyTask(**size, seed=seed, **changes), reports_success=True)
         for seed, (name, size) in enumerate(SIZES.items())
     ]
 
@@ -31,8 +31,8 @@ def random_actions(env, seed: int) -> torch.Tensor:
 
 
 def rows_of(env, k: int) -> slice:
-    start = sum(member.env.num_envs for member in env.members[:k])
-    return slice(start, start + env.members[k].env.num_envs)
+    start = sum(task_env.env.num_envs for task_env in env.task_envs[:k])
+    return slice(start, start + env.task_envs[k].env.num_envs)
 
 
 def flatten(result) -> dict[str, torch.Tensor]:
@@ -57,8 +57,8 @@ def test_padding_is_that_of_a_loop(kernel):
 
 
 def test_what_is_known_of_the_tasks():
-    members = make_members()
-    env = MultiTaskVecEnv([Member("first", members[0].env, (1.0, 5.0)), *members[1:]], "cpu")
+    task_envs = make_task_envs()
+    env = MultiTaskVecEnv([TaskEnv("first", task_envs[0].env, (1.0, 5.0)), *task_envs[1:]], "cpu")
     assert (env.num_envs, env.num_actions, env.num_tasks) == (14, 4, 3)
     assert env.task_names == ["first", "large", "middle"]
     assert env.obs_dims == [2, 8, 4]
@@ -83,8 +83,8 @@ def test_discount(length, gamma):
 
 
 def test_a_task_is_the_same_alone_and_composed():
-    env = MultiTaskVecEnv(make_members(), "cpu")
-    alone = [copy.deepcopy(member.env) for member in env.members]
+    env = MultiTaskVecEnv(make_task_envs(), "cpu")
+    alone = [copy.deepcopy(task_env.env) for task_env in env.task_envs]
     ends = 0
     for step in range(30):
         actions = random_actions(env, step)
@@ -103,11 +103,11 @@ def test_a_task_is_the_same_alone_and_composed():
         assert torch.equal(env.get_observations()["policy"], obs["policy"])
         ends += int(dones.sum())
     assert ends > 40
-    assert not {"lost", "final_obs_valid"} & extras.keys()
+    assert not {"invalid", "final_obs_valid"} & extras.keys()
 
 
 def test_actions_beyond_a_task_do_not_reach_it():
-    first, second = (MultiTaskVecEnv(make_members(), "cpu") for _ in range(2))
+    first, second = (MultiTaskVecEnv(make_task_envs(), "cpu") for _ in range(2))
     for step in range(10):
         actions = random_actions(first, step)
         result = first.step(actions.masked_fill(~first.action_mask, torch.nan))
@@ -116,7 +116,7 @@ def test_actions_beyond_a_task_do_not_reach_it():
 
 
 def test_results_outlive_the_next_step():
-    env = MultiTaskVecEnv(make_members(), "cpu")
+    env = MultiTaskVecEnv(make_task_envs(), "cpu")
     start = env.get_observations()["policy"]
     kept = start.clone()
     result = env.step(random_actions(env, 0))
@@ -130,8 +130,8 @@ def test_results_outlive_the_next_step():
         assert not torch.equal(result[0]["policy"], tensors["obs"])
 
 
-def test_episode_lengths_reach_the_members():
-    env = MultiTaskVecEnv(make_members(), "cpu")
+def test_episode_lengths_reach_the_tasks():
+    env = MultiTaskVecEnv(make_task_envs(), "cpu")
     lengths = torch.tensor([6] + [0] * 6 + [10] + [1] * 6)
     env.episode_length_buf = lengths
     assert torch.equal(env.episode_length_buf, lengths)
@@ -139,30 +139,30 @@ def test_episode_lengths_reach_the_members():
     assert extras["time_outs"].nonzero().flatten().tolist() == [0, 7]
     assert torch.equal(extras["time_outs"], dones)
     assert env.episode_length_buf.tolist() == [0] + [1] * 6 + [0] + [2] * 6
-    assert lengths.tolist() == [6] + [0] * 6 + [10] + [1] * 6  # members that count in place would change it
+    assert lengths.tolist() == [6] + [0] * 6 + [10] + [1] * 6  # tasks that count in place would change it
 
 
 def test_reset():
-    env = MultiTaskVecEnv(make_members(), "cpu")
+    env = MultiTaskVecEnv(make_task_envs(), "cpu")
     before = env.get_observations()["policy"]
     kept = before.clone()
     obs, extras = env.reset()
     assert extras == {}
     assert not env.episode_length_buf.any()
     assert torch.equal(before, kept)
-    for k, member in enumerate(env.members):
-        assert torch.equal(obs["policy"][rows_of(env, k), : env.obs_dims[k]], member.env.state)
+    for k, task_env in enumerate(env.task_envs):
+        assert torch.equal(obs["policy"][rows_of(env, k), : env.obs_dims[k]], task_env.env.state)
 
 
-def test_what_members_do_not_deliver():
-    silent = MultiTaskVecEnv([Member("silent", ToyMember(optional=()))], "cpu")
+def test_what_tasks_do_not_deliver():
+    silent = MultiTaskVecEnv([TaskEnv("silent", ToyTask(optional=()))], "cpu")
     silent.episode_length_buf = torch.tensor([6, 0, 6, 0, 0, 0])
     _, _, dones, extras = silent.step(torch.zeros(6, 2))
     assert extras.keys() == {"time_outs"}
     assert dones.tolist() == [True, False, True, False, False, False]
     assert not extras["time_outs"].any()  # nobody said so: they are terminations
 
-    env = MultiTaskVecEnv([Member("silent", ToyMember(optional=())), *make_members()[:1]], "cpu")
+    env = MultiTaskVecEnv([TaskEnv("silent", ToyTask(optional=())), *make_task_envs()[:1]], "cpu")
     env.episode_length_buf = torch.tensor([6, 0, 0, 0, 0, 0, 6, 0, 0])
     _, _, _, extras = env.step(torch.zeros(9, 2))
     assert extras["final_obs_valid"].tolist() == [False] + [True] * 8
@@ -170,7 +170,7 @@ def test_what_members_do_not_deliver():
 
 
 def test_a_log_is_passed_on_once():
-    env = MultiTaskVecEnv(make_members(), "cpu")
+    env = MultiTaskVecEnv(make_task_envs(), "cpu")
     env.episode_length_buf = torch.tensor([4, 0, 0] + [0] * 11)
     logs = [env.step(torch.zeros(14, 4))[3].get("log") for _ in range(6)]
     assert logs[:2] == [None, None]
@@ -179,10 +179,10 @@ def test_a_log_is_passed_on_once():
     assert logs[3:5] == [None, None]
 
 
-def test_members_with_two_halves_step_at_the_same_time():
+def test_tasks_with_two_halves_step_at_the_same_time():
     events = []
 
-    class Halves(ToyMember):
+    class Halves(ToyTask):
         steps_beside = True
 
         def step_async(self, actions):
@@ -191,41 +191,41 @@ def test_members_with_two_halves_step_at_the_same_time():
 
         def step_wait(self):
             events.append("wait")
-            return ToyMember.step(self, self.actions)
+            return ToyTask.step(self, self.actions)
 
-    class Whole(ToyMember):
+    class Whole(ToyTask):
         def step(self, actions):
             events.append("step")
             return super().step(actions)
 
-    env = MultiTaskVecEnv([Member(str(k), kind()) for k, kind in enumerate((Whole, Halves, Whole, Halves))], "cpu")
-    twin = MultiTaskVecEnv([Member(str(k), ToyMember()) for k in range(4)], "cpu")
+    env = MultiTaskVecEnv([TaskEnv(str(k), kind()) for k, kind in enumerate((Whole, Halves, Whole, Halves))], "cpu")
+    twin = MultiTaskVecEnv([TaskEnv(str(k), ToyTask()) for k in range(4)], "cpu")
     actions = random_actions(env, 0)
     assert torch.equal(env.step(actions)[0]["policy"], twin.step(actions)[0]["policy"])
     assert events == ["start", "start", "step", "step", "wait", "wait"]
 
 
 def test_a_failure_names_the_task_and_closes_all():
-    members = [*make_members()[:2], Member("fragile", ToyMember(fail_at=2))]
-    env = MultiTaskVecEnv(members, "cpu", restart_members=True)  # only processes can be restarted
+    task_envs = [*make_task_envs()[:2], TaskEnv("fragile", ToyTask(fail_at=2))]
+    env = MultiTaskVecEnv(task_envs, "cpu", restart_members=True)  # only processes can be restarted
     env.step(random_actions(env, 0))
-    with pytest.raises(MemberError, match=r"^task 'fragile': ZeroDivisionError") as caught:
+    with pytest.raises(TaskEnvError, match=r"^task 'fragile': ZeroDivisionError") as caught:
         env.step(random_actions(env, 1))
-    assert "toy_members.py" in str(caught.value)
-    assert all(member.env.closed for member in members)
+    assert "toy_tasks.py" in str(caught.value)
+    assert all(task_env.env.closed for task_env in task_envs)
 
 
 @pytest.mark.parametrize("names", [[], ["a", "b", "a"]])
 def test_names_are_checked(names):
-    members = [Member(name, ToyMember()) for name in names]
+    task_envs = [TaskEnv(name, ToyTask()) for name in names]
     with pytest.raises(UserError, match="different names"):
-        MultiTaskVecEnv(members, "cpu")
-    assert all(member.env.closed for member in members)
+        MultiTaskVecEnv(task_envs, "cpu")
+    assert all(task_env.env.closed for task_env in task_envs)
 
 
 def test_the_stock_runner_trains_on_it():
     torch.manual_seed(0)
-    env = MultiTaskVecEnv(make_members(), "cpu")
+    env = MultiTaskVecEnv(make_task_envs(), "cpu")
     algorithm = {"class_name": "PPO", "num_learning_epochs": 1, "num_mini_batches": 2}
     runner = OnPolicyRunner(env, runner_cfg() | {"algorithm": algorithm}, log_dir=None, device="cpu")
     before = [parameter.clone() for parameter in runner.alg.actor.parameters()]

@@ -11,7 +11,7 @@ from toy_gates import open_gates
 
 from m3po.algorithms import M3PO
 from m3po.algorithms.step_guard import RESTORE_AFTER
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.errors import UserError
 from m3po.evaluation import evaluate
 from m3po.models.task_policy import TaskGaussian, embed
@@ -35,13 +35,13 @@ class ScaledEnv(PointEnv):
 def points(*dims: int, factors: tuple[float, ...] = (), num_envs: int = 8) -> MultiTaskVecEnv:
     """Points in spaces of different dimensions."""
     factors = factors or (1.0,) * len(dims)
-    members = [
-        Member(f"point-{dim}-{k}", ScaledEnv(factor, num_envs=num_envs, dim=dim, seed=k), (-20.0, 0.0))
+    task_envs = [
+        TaskEnv(f"point-{dim}-{k}", ScaledEnv(factor, num_envs=num_envs, dim=dim, seed=k), (-20.0, 0.0))
         for k, (dim, factor) in enumerate(zip(dims, factors, strict=True))
     ]
-    for member in members:
-        member.env.cfg.compute_final_obs = True
-    return MultiTaskVecEnv(members, "cpu")
+    for task_env in task_envs:
+        task_env.env.cfg.compute_final_obs = True
+    return MultiTaskVecEnv(task_envs, "cpu")
 
 
 def cfg(**algorithm):
@@ -68,7 +68,7 @@ def collect(env, algorithm, steps: int = 8):
 
 def test_padded_actions_are_zero_and_do_not_count():
     env = points(1, 3)
-    algorithm = open_gates(build(env, planner={"share": 0.5}))
+    algorithm = open_gates(build(env, planner={"planned_fraction": 0.5}))
     collect(env, algorithm)
     st = algorithm.storage
     first = st.task == 0
@@ -80,12 +80,12 @@ def test_padded_actions_are_zero_and_do_not_count():
     torch.testing.assert_close(st.log_pi[first], one.sum(-1))
     algorithm.actor(env.get_observations(), stochastic_output=True)
     entropy = algorithm.actor.output_entropy.detach()
-    assert entropy[0] == pytest.approx(entropy[-1].item() / 3)  # same deviation in 1 and 3 dimensions
+    assert entropy[0] == pytest.approx(entropy[-1].item() / 3)  # same std in 1 and 3 dimensions
 
 
-def test_each_task_has_its_own_discount_deviation_and_normaliser():
+def test_each_task_has_its_own_discount_std_and_normaliser():
     env = MultiTaskVecEnv(
-        [Member("short", PointEnv(8, episode=25, seed=0)), Member("long", PointEnv(8, episode=400, seed=1))], "cpu"
+        [TaskEnv("short", PointEnv(8, episode=25, seed=0)), TaskEnv("long", PointEnv(8, episode=400, seed=1))], "cpu"
     )
     algorithm = build(env)
     assert algorithm.tasks.discounts.tolist() == pytest.approx([0.95, 0.9875])
@@ -147,7 +147,7 @@ def test_in_reward_units_the_large_task_would_drown_the_other():
 
 def test_the_planner_opens_task_by_task():
     env = points(2, 2)
-    algorithm = build(env, planner={"share": 0.5})
+    algorithm = build(env, planner={"planned_fraction": 0.5})
     behaviour, gates = algorithm.behaviour, algorithm.gates
     assert len(behaviour.planned_ids) == 0
     gates.gain.copy_(torch.tensor([0.9, -0.5]))
@@ -190,7 +190,7 @@ def test_the_world_models_losses_do_not_move_the_table_that_the_policy_reads():
     assert torch.equal(algorithm.model.task_embedding, before)
 
 
-def test_lost_steps_teach_nothing():
+def test_invalid_steps_teach_nothing():
     """Garbage in steps that never took place changes no parameter."""
     results = []
     for garbage in (0.0, 50.0):
@@ -202,12 +202,12 @@ def test_lost_steps_teach_nothing():
             for t in range(8):
                 obs, reward, dones, extras = env.step(algorithm.act(obs))
                 if t == 4:
-                    lost = torch.arange(16) < 8
-                    extras = {**extras, "lost": lost, "time_outs": extras["time_outs"] | lost}
+                    invalid = torch.arange(16) < 8
+                    extras = {**extras, "invalid": invalid, "time_outs": extras["time_outs"] | invalid}
                     final = env.get_observations().clone()
                     final["policy"][:8] += garbage
                     extras["final_obs"] = final
-                    reward, dones = torch.where(lost, garbage, reward), dones | lost
+                    reward, dones = torch.where(invalid, garbage, reward), dones | invalid
                 algorithm.process_env_step(obs, reward, dones, extras)
             algorithm.compute_returns(obs)
         algorithm.update()

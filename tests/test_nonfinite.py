@@ -21,13 +21,13 @@ from m3po.algorithms.checkpoint_parts import LEARNERS
 from m3po.algorithms.step_guard import BACK_OFF, StepGuard
 from m3po.cli.replay_nonfinite import describe, read_recording, replay
 from m3po.cli.replay_nonfinite import run as run_replay
-from m3po.envs.member_process import ProcessMember
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.deferred_flag import DeferredFlag
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
+from m3po.envs.subproc_env import SubprocVecEnv
 from m3po.errors import M3POError, UserError
-from m3po.late_flag import LateFlag
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import read_checkpoint
-from m3po.runners.quarantine import Quarantine
+from m3po.runners.nan_guard import NanGuard
 
 VALUES = (math.nan, math.inf, -math.inf, 1e20)
 
@@ -125,16 +125,16 @@ SOURCES = {
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("where", SOURCES)
-def test_each_input_is_quarantined_named_and_recorded(where, value, tmp_path, capsys):
+def test_each_input_is_masked_named_and_recorded(where, value, tmp_path, capsys):
     env = Resettable(where, value)
     run = train(env, tmp_path)
     assert is_finite(run)
     first, second = rows(tmp_path / "progress.csv")
-    assert float(first["robust/quarantined"]) == float(first["robust/lost_steps"]) == 1.0
-    assert float(second["robust/quarantined"]) == 0.0
+    assert float(first["robust/nan_envs"]) == float(first["robust/invalid_steps"]) == 1.0
+    assert float(second["robust/nan_envs"]) == 0.0
     assert float(first["robust/skipped_steps"]) == float(second["robust/skipped_steps"]) == 0.0
     out = capsys.readouterr().out
-    assert f"quarantine at step 5: not finite in environment 3: {SOURCES[where]};" in out
+    assert f"NaN guard at step 5: not finite in environment 3: {SOURCES[where]};" in out
     # An episode that had ended anyway began anew by itself.
     assert env.resets == ([] if where == "final_obs" else [[3]])
     recording = read_recording(tmp_path / "nonfinite_5.pt")
@@ -149,29 +149,29 @@ def test_rsl_rls_ppo_survives_too(where, tmp_path):
     ppo = {"algorithm": {"class_name": "PPO", "num_learning_epochs": 2, "num_mini_batches": 2}, "multi_gpu": None}
     run = train(Resettable(where), tmp_path, **ppo)
     assert is_finite(run)
-    assert float(rows(tmp_path / "progress.csv")[0]["robust/quarantined"]) == 1.0
+    assert float(rows(tmp_path / "progress.csv")[0]["robust/nan_envs"]) == 1.0
 
 
 def answer_of(env, late=False, steps=5):
     """What the algorithm sees of the steps 1, 2, ..., with the fault in step 5 (or another)."""
     env.cfg.compute_final_obs = True
-    quarantine = Quarantine(env, {}, None, "cpu", late)
+    guard = NanGuard(env, {}, None, "cpu", late)
     obs, answers = env.get_observations(), []
     for _ in range(steps):
-        actions = quarantine.before(torch.zeros(env.num_envs, 2))
+        actions = guard.before(torch.zeros(env.num_envs, 2))
         previous = obs
-        answers.append(quarantine.after(previous, env.step(actions)))
+        answers.append(guard.after(previous, env.step(actions)))
         obs = answers[-1][0]
-    return previous, answers, quarantine
+    return previous, answers, guard
 
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("where", SOURCES)
-def test_the_lost_step(where, late):
+def test_the_invalid_step(where, late):
     previous, answers, _ = answer_of(Resettable(where), late)
     obs, rewards, dones, extras = answers[-1]
     only = torch.arange(16) == 3
-    assert torch.equal(extras["lost"], only)
+    assert torch.equal(extras["invalid"], only)
     assert extras["time_outs"][3]
     assert dones[3]
     assert rewards[3] == 0.0
@@ -182,24 +182,24 @@ def test_the_lost_step(where, late):
 
 def test_a_device_that_does_not_wait_costs_one_more_step(capsys):
     env = Resettable("state")
-    _, answers, quarantine = answer_of(env, late=True, steps=8)
-    assert [bool(extras["lost"][3]) for *_, extras in answers] == [False] * 4 + [True, True] + [False] * 2
+    _, answers, guard = answer_of(env, late=True, steps=8)
+    assert [bool(extras["invalid"][3]) for *_, extras in answers] == [False] * 4 + [True, True] + [False] * 2
     assert (answers[4][0]["policy"][3] == 0.0).all()  # nothing known yet
     assert env.resets == [[3]]
     assert (answers[5][0]["policy"][3, :2] != 0.0).all()  # reset
-    quarantine.close_rollout()
-    assert quarantine.metrics == {"robust/quarantined": 1.0, "robust/lost_steps": 2.0}
+    guard.close_rollout()
+    assert guard.metrics == {"robust/nan_envs": 1.0, "robust/invalid_steps": 2.0}
     assert "observation policy (columns 0)" in capsys.readouterr().out
 
 
 def test_an_environment_that_cannot_be_reset_is_stepped_on_until_it_resets_itself(capsys):
     env = Faulty("state", episode=20)
-    _, answers, quarantine = answer_of(env, steps=22)
-    lost = [bool(extras.get("lost", torch.zeros(16))[3]) for *_, extras in answers]
-    assert lost == [False] * 4 + [True] * 16 + [False] * 2  # the 20th step ends the episode
+    _, answers, guard = answer_of(env, steps=22)
+    invalid = [bool(extras.get("invalid", torch.zeros(16))[3]) for *_, extras in answers]
+    assert invalid == [False] * 4 + [True] * 16 + [False] * 2  # the 20th step ends the episode
     assert all((obs["policy"][3] == 0.0).all() for obs, *_ in answers[4:19])
-    quarantine.close_rollout()
-    assert quarantine.metrics == {"robust/quarantined": 1.0, "robust/lost_steps": 16.0}
+    guard.close_rollout()
+    assert guard.metrics == {"robust/nan_envs": 1.0, "robust/invalid_steps": 16.0}
     assert "environment 3 cannot be reset and will be stepped on" in capsys.readouterr().out
 
 
@@ -207,19 +207,19 @@ def test_an_environment_that_cannot_be_reset_is_stepped_on_until_it_resets_itsel
 def test_what_is_finite_passes_bit_for_bit(late):
     plain, watched = PointEnv(16), PointEnv(16)
     watched.cfg.compute_final_obs = plain.cfg.compute_final_obs = True
-    quarantine = Quarantine(watched, {}, None, "cpu", late)
+    guard = NanGuard(watched, {}, None, "cpu", late)
     obs = watched.get_observations()
     stream = torch.Generator().manual_seed(0)
     for _ in range(40):
         actions = torch.randn(16, 2, generator=stream)
         expected = plain.step(actions)
-        answer = quarantine.after(obs, watched.step(quarantine.before(actions)))
+        answer = guard.after(obs, watched.step(guard.before(actions)))
         obs = answer[0]
         assert torch.equal(obs["policy"], expected[0]["policy"])
         assert torch.equal(answer[1], expected[1])
         assert torch.equal(answer[2], expected[2])
         assert torch.equal(answer[3]["time_outs"], expected[3]["time_outs"])
-        assert not answer[3].get("lost", torch.zeros(1)).any()
+        assert not answer[3].get("invalid", torch.zeros(1)).any()
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -243,11 +243,11 @@ def test_actions_of_a_broken_policy_never_reach_the_environment(value, tmp_path,
 
 def test_too_many_stop_the_run_with_a_checkpoint(tmp_path):
     env = Resettable("state", row=slice(0, 9))
-    with pytest.raises(M3POError, match=r"56\.2% of the environments .*quarantine_share=0\.5 allows; saved .*last\.pt"):
+    with pytest.raises(M3POError, match=r"56\.2% of the environments .*max_nan_fraction=0\.5 allows; saved .*last\.pt"):
         train(env, tmp_path)
     assert "actor_state_dict" in read_checkpoint(tmp_path / "model_last.pt")
     assert is_finite(train(Resettable("state", row=slice(0, 8)), tmp_path))
-    assert is_finite(train(Resettable("state", row=slice(0, 16)), tmp_path, quarantine_share=1.0))
+    assert is_finite(train(Resettable("state", row=slice(0, 16)), tmp_path, max_nan_fraction=1.0))
 
 
 def test_networks_that_are_not_finite_do_not_replace_the_last_checkpoint(tmp_path):
@@ -269,26 +269,31 @@ def test_an_environment_that_is_broken_from_the_start(tmp_path):
     assert env.resets == [[3]]
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_the_share_is_checked(share):
-    with pytest.raises(ValueError, match="quarantine_share must lie in"):
-        Quarantine(PointEnv(4), {"quarantine_share": share}, None, "cpu")
+@pytest.mark.parametrize("fraction", [-0.1, 1.5])
+def test_the_fraction_is_checked(fraction):
+    with pytest.raises(ValueError, match="max_nan_fraction must lie in"):
+        NanGuard(PointEnv(4), {"max_nan_fraction": fraction}, None, "cpu")
+
+
+def test_its_field_of_an_earlier_version_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'quarantine_share' was removed; it is replaced by max_nan_fraction"):
+        M3PORunner(PointEnv(4), runner_cfg() | {"quarantine_share": 0.5}, str(tmp_path), "cpu")
 
 
 # -- several tasks ----------------------------------------------------------------------------------------------------
 
 
-def faulty_member(num_envs=4, seed=0):
+def faulty_env(num_envs=4, seed=0):
     """What a process of its own builds; refers to this module by name."""
     return Resettable("state", num_envs=num_envs, row=1, seed=seed)
 
 
 def test_tasks_are_reset_and_counted_apart(tmp_path, capsys):
     here, fixed = Faulty("reward", num_envs=4, row=2, at=3), Resettable(num_envs=4)
-    for member in (here, fixed):
-        member.cfg.compute_final_obs = True
-    process = ProcessMember("away", "test_nonfinite:faulty_member", {}, seed=0)
-    env = MultiTaskVecEnv([Member("here", here), Member("away", process), Member("fixed", fixed)], "cpu")
+    for task_env in (here, fixed):
+        task_env.cfg.compute_final_obs = True
+    process = SubprocVecEnv("away", "test_nonfinite:faulty_env", {}, seed=0)
+    env = MultiTaskVecEnv([TaskEnv("here", here), TaskEnv("away", process), TaskEnv("fixed", fixed)], "cpu")
     try:
         several = runner_cfg()
         run = M3PORunner(env, several, str(tmp_path), "cpu")
@@ -296,13 +301,13 @@ def test_tasks_are_reset_and_counted_apart(tmp_path, capsys):
     finally:
         env.close()
     assert is_finite(run)
-    counts = {row["task"]: float(row["quarantined"]) for row in rows(tmp_path / "tasks.csv")}
+    counts = {row["task"]: float(row["nan_envs"]) for row in rows(tmp_path / "tasks.csv")}
     assert counts == {"here": 1.0, "away": 1.0, "fixed": 0.0}
     out = capsys.readouterr().out
     assert "step 3: not finite in environment 2 of here: reward; " in out
     assert "environment 2 cannot be reset" in out
     assert "step 5: not finite in environment 5 of away: reward, observation policy (columns 0); their" in out
-    assert float(rows(tmp_path / "progress.csv")[0]["robust/quarantined"]) == 2.0
+    assert float(rows(tmp_path / "progress.csv")[0]["robust/nan_envs"]) == 2.0
 
 
 def test_dmcontrol_and_meta_world_reset_single_environments():
@@ -414,7 +419,7 @@ def test_several_in_a_row_restore_the_last_good_state(capsys, monkeypatch):
 
 def test_a_device_that_does_not_wait_skips_at_once_and_counts_one_step_later():
     network, guard = guarded()
-    guard._flag = LateFlag("cpu", late=True)
+    guard._flag = DeferredFlag("cpu", late=True)
     guarded_step(network, guard)
     before = network.weight.detach().clone()
     guarded_step(network, guard, math.nan)
@@ -433,7 +438,7 @@ def test_what_an_environment_shows_that_cannot_be_reset_stays_out_of_the_normali
     normalised["actor"]["obs_normalization"] = True
     run = M3PORunner(env, normalised, None, "cpu")
     run.learn(1)
-    assert run.alg.storage.any_lost is False  # cleared
+    assert run.alg.storage.any_invalid is False  # cleared
     lowest = run.alg.actor.obs_normalizer._mean - 3 * run.alg.actor.obs_normalizer._std
     assert lowest[0, 0] > 2.0  # zeros would have pulled it down
 
@@ -486,7 +491,7 @@ def test_a_loss_of_frozen_parameters_alone_takes_no_step():
 def test_a_broken_model_leaves_the_policy_in_charge_of_that_environment(execution, value, capsys):
     torch.manual_seed(0)
     env = PointEnv(8)
-    settings = runner_cfg(planner={"share": 1.0, "execution": execution, "num_iterations": 2})
+    settings = runner_cfg(planner={"planned_fraction": 1.0, "execution": execution, "num_iterations": 2})
     algorithm = M3PO.construct_algorithm(env.get_observations(), env, settings, "cpu")
     open_gates(algorithm).model.transition[1].weight.data.normal_(std=0.5)
     behaviour, obs = algorithm.behaviour, env.get_observations()
@@ -520,7 +525,7 @@ def test_a_broken_model_leaves_the_policy_in_charge_of_that_environment(executio
 
 def test_a_model_that_breaks_while_training_is_reported_and_does_not_stop_the_run(tmp_path):
     torch.manual_seed(0)
-    run = M3PORunner(PointEnv(16), runner_cfg(planner={"share": 0.5}), str(tmp_path), "cpu")
+    run = M3PORunner(PointEnv(16), runner_cfg(planner={"planned_fraction": 0.5}), str(tmp_path), "cpu")
     open_gates(run.alg)
     run.learn(1)
     run.alg.gates.update_gain = lambda *args: None
@@ -551,13 +556,13 @@ def ant(folder, *options, algo="m3po"):
 
 
 @pytest.mark.sim
-def test_an_exploding_simulation_is_quarantined_recorded_and_replayed(tmp_path):
-    result = ant(tmp_path, "agent.quarantine_share=1.0")
+def test_an_exploding_simulation_is_masked_recorded_and_replayed(tmp_path):
+    result = ant(tmp_path, "agent.max_nan_fraction=1.0")
     assert result.rc == 0, result.stderr[-3000:]
-    assert re.search(r"quarantine at step \d+: .*reward \(progress.*observation policy \(base_height", result.stdout)
+    assert re.search(r"NaN guard at step \d+: .*reward \(progress.*observation policy \(base_height", result.stdout)
     assert "cannot be reset" not in result.stdout
     (progress,) = tmp_path.glob("logs/*/ant/*/progress.csv")
-    assert float(rows(progress)[0]["robust/quarantined"]) == float(rows(progress)[0]["robust/lost_steps"]) > 0.0
+    assert float(rows(progress)[0]["robust/nan_envs"]) == float(rows(progress)[0]["robust/invalid_steps"]) > 0.0
     recording = min(progress.parent.glob("nonfinite_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
     script = REPOSITORY / "scripts/replay_nonfinite.py"
     replayed = run_process([sys.executable, script, recording, "--replay"], timeout=200, cwd=tmp_path)

@@ -9,7 +9,7 @@ from toy_env import PointEnv, runner_cfg
 
 from m3po.algorithms import M3PO
 from m3po.config import PlannerCfg
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.planning import Objective
 
 
@@ -18,8 +18,11 @@ def build(several: bool = False, anchor: bool = True, **planner) -> M3PO:
     torch.manual_seed(0)
     env = PointEnv(12)
     if several:
-        members = [Member("near", PointEnv(6, edge=1.5), (-20.0, 0.0)), Member("far", PointEnv(6, dim=3, episode=30))]
-        env = MultiTaskVecEnv(members, "cpu")
+        task_envs = [
+            TaskEnv("near", PointEnv(6, edge=1.5), (-20.0, 0.0)),
+            TaskEnv("far", PointEnv(6, dim=3, episode=30)),
+        ]
+        env = MultiTaskVecEnv(task_envs, "cpu")
     cfg = runner_cfg(planner=planner, world_model={"anchor": anchor})
     alg = M3PO.construct_algorithm(env.get_observations(), env, cfg, "cpu")
     model = alg.model
@@ -28,7 +31,7 @@ def build(several: bool = False, anchor: bool = True, **planner) -> M3PO:
             torch.nn.init.normal_(parameter, std=0.3)
     model.explained.uniform_(0.0, 0.1)
     model.changes.var.fill_(0.01)
-    model.falls.terminal.fill_(-5.0)
+    model.terminations.terminal.fill_(-5.0)
     alg.estimator.rewards.square.fill_(0.01)
     return alg
 

@@ -73,7 +73,7 @@ def test_all_parts_are_on_by_default():
             cfg.world_model.anchor,
             cfg.world_model.steps_per_iteration,
             cfg.planner.max_learning_kl,
-            cfg.planner.share,
+            cfg.planner.planned_fraction,
             cfg.planner.num_iterations,
             cfg.bonus.size,
             cfg.bonus.num_functions,
@@ -148,7 +148,7 @@ def actions_of(factor: float) -> torch.Tensor:
     torch.manual_seed(0)
     env = ScaledEnv(16)
     env.factor = factor
-    cfg = runner_cfg(world_model={"steps_per_iteration": 10, "extra_steps": 20}, planner={"share": 0.5})
+    cfg = runner_cfg(world_model={"steps_per_iteration": 10, "extra_steps": 20}, planner={"planned_fraction": 0.5})
     algorithm = open_gates(M3PO.construct_algorithm(env.get_observations(), env, cfg, "cpu"))
     algorithm.gates.rewarded.fill_(0.01)
     algorithm.gates.update_rewarded = lambda *args: None
@@ -163,7 +163,7 @@ def actions_of(factor: float) -> torch.Tensor:
             algorithm.compute_returns(obs)
         algorithm.update()
         metrics = algorithm.metrics
-        assert metrics["planner/share"] == 0.5
+        assert metrics["planner/planned_fraction"] == 0.5
         assert metrics["bonus/mean_abs"] > 0.01
     assert metrics["plan/kl"] > 0.0
     assert metrics["planner/kl"] > 0.01

@@ -17,7 +17,7 @@ from m3po.cli.job import _select
 from m3po.cli.suite_job import from_order, make_job
 from m3po.cli.train import fast_matrix_products
 from m3po.envs.interface import M3POEnv, WrappedEnv, as_m3po_env
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.errors import UserError
 from m3po.runners import M3PORunner
 from m3po_tasks.dmcontrol.suite import SUITE
@@ -124,7 +124,7 @@ def test_an_environment_without_reset_says_what_needs_it() -> None:
 def test_a_seed_makes_resets_repeat_themselves() -> None:
     env = MultiTaskVecEnv(
         [
-            Member(name, SUITE.make(name, 8, seed=k, device="cpu"))
+            TaskEnv(name, SUITE.make(name, 8, seed=k, device="cpu"))
             for k, name in enumerate(("walker-walk", "cup-catch"))
         ],
         "cpu",

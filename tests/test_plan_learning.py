@@ -12,7 +12,7 @@ from m3po.algorithms.plan_learning import EXPECTED_KL, LARGEST_SHIFT, NUM_EPOCHS
 from m3po.algorithms.policy_learning import LEAST_PART, LEAST_STD
 from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.config import AlgorithmCfg
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.errors import UserError
 from m3po.runners import M3PORunner
 from m3po.validation import validate
@@ -20,9 +20,13 @@ from m3po.validation import validate
 MODEL = {"steps_per_iteration": 30, "batch_size": 128}
 
 
-def runner_of(env=None, folder=None, share=0.0, planner=None, **algorithm) -> M3PORunner:
+def runner_of(env=None, folder=None, planned_fraction=0.0, planner=None, **algorithm) -> M3PORunner:
     """M3PO with plans while learning; acting planner and bonus are off unless asked for."""
-    off = {"planner": {"share": share, **(planner or {})}, "bonus": {"size": 0.0}, "world_model": MODEL}
+    off = {
+        "planner": {"planned_fraction": planned_fraction, **(planner or {})},
+        "bonus": {"size": 0.0},
+        "world_model": MODEL,
+    }
     return M3PORunner(env or PointEnv(32), runner_cfg(**off | algorithm), folder, "cpu")
 
 
@@ -43,7 +47,7 @@ def judged(alg: M3PO, advantages: torch.Tensor | None = None) -> Judged:
     st = alg.storage
     found = st.advantages if advantages is None else advantages
     along = alg.replay.latest(st.num_steps, ("notes",))["notes"][..., :3]
-    return Judged(found, along, st.planned, st.lost, st.task)
+    return Judged(found, along, st.planned, st.invalid, st.task)
 
 
 def planned(gain: float, **planner):
@@ -159,15 +163,15 @@ def test_a_rollouts_gain_reaches_the_gates_with_the_weight_of_its_steps():
     """Steps that did not take place tell nothing."""
     alg, _, _ = planned(0.0)
     st = alg.storage
-    st.lost[:, :3] = st.any_lost = True
-    steps = int((~st.lost).sum())
+    st.invalid[:, :3] = st.any_invalid = True
+    steps = int((~st.invalid).sum())
     for before, weight in ((10_000, 0.1 * steps / 4096), (0, 0.1), (3, 1 / 13)):
         alg.gates.gain.fill_(0.5)
         alg.gates.judged.fill_(before)
         gain = alg.hindsight.measure(judged(alg))["plan/gain"]
         assert alg.gates.judged.item() == before + 1
         assert alg.gates.gain.item() == pytest.approx(0.5 + weight * (gain - 0.5), rel=1e-4)
-    st.lost[:] = True
+    st.invalid[:] = True
     before, size = alg.gates.gain.clone(), alg.gates.gradient_size.clone()
     alg.plan_learner.plan(st, alg.replay)
     alg.hindsight.measure(judged(alg))
@@ -339,11 +343,11 @@ def test_an_update_reserves_what_its_plans_are_expected_to_move():
     assert alg.metrics["plan/kl"] > 0.0
 
 
-# -- lost steps, tasks, groups -----------------------------------------------------------------------------------------
+# -- invalid steps, tasks, groups --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_states", [1, 2000])
-def test_lost_steps_teach_nothing_whatever_they_show(num_states):
+def test_invalid_steps_teach_nothing_whatever_they_show(num_states):
     runs = []
     for poison in (0.0, 50.0):
         torch.manual_seed(0)
@@ -351,10 +355,10 @@ def test_lost_steps_teach_nothing_whatever_they_show(num_states):
         runner.learn(2)
         collect(runner)
         st, alg = runner.alg.storage, runner.alg
-        st.lost[:, :3] = st.any_lost = True
+        st.invalid[:, :3] = st.any_invalid = True
         for field in (st.obs["policy"], st.next_obs["policy"], st.actions, st.rewards, st.advantages):
             field[:, :3] = poison
-        st.repair_lost()
+        st.repair_invalid()
         alg.replay.add(st)
         alg.gates.gain.fill_(1.0)
         plans, _ = alg.plan_learner.plan(st, alg.replay)
@@ -368,8 +372,8 @@ def test_lost_steps_teach_nothing_whatever_they_show(num_states):
 
 
 def test_several_tasks_have_their_own_gains_and_keep_their_dimensions():
-    members = [Member("near", PointEnv(16, edge=1.5), (-20.0, 0.0)), Member("far", PointEnv(16, dim=3, episode=30))]
-    runner = runner_of(MultiTaskVecEnv(members, "cpu"))
+    task_envs = [TaskEnv("near", PointEnv(16, edge=1.5), (-20.0, 0.0)), TaskEnv("far", PointEnv(16, dim=3, episode=30))]
+    runner = runner_of(MultiTaskVecEnv(task_envs, "cpu"))
     runner.learn(4)
     collect(runner)
     alg = runner.alg
@@ -449,7 +453,7 @@ def test_what_the_critic_alone_reads_is_predicted_as_well():
     runner = M3PORunner(Privileged(32), privileged_cfg(), None, "cpu")
     runner.learn(6)
     assert runner.alg.objective.group_dims == {"policy": 4, "state": 4}
-    assert runner.alg.metrics["model/skill"] > 0.3
+    assert runner.alg.metrics["model/dynamics_r2"] > 0.3
     assert runner.alg.model.anchor_dim == 8
 
 
@@ -481,10 +485,10 @@ class FlatReader:
     [
         (
             {"planner": {"max_learning_kl": 0.0}, "world_model": {"steps_per_iteration": 0}},
-            "planner.share is 0.25, but the world",
+            "planner.planned_fraction is 0.25, but the world",
         ),
         (
-            {"planner": {"max_learning_kl": 0.0, "share": 0.0}, "world_model": {"steps_per_iteration": 0}},
+            {"planner": {"max_learning_kl": 0.0, "planned_fraction": 0.0}, "world_model": {"steps_per_iteration": 0}},
             "bonus.size is 0.15, but the world model",
         ),
         ({"std_learning_rate": -1.0}, "std_learning_rate must not be negative"),

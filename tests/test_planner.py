@@ -14,7 +14,7 @@ from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.config import AlgorithmCfg, PlannerCfg
 from m3po.kernels.elites import project_torch
 from m3po.kernels.sampling import philox4x32, planner_noise
-from m3po.planning import MPPIPlanner, Start
+from m3po.planning import MPPIPlanner, PlanInputs
 from m3po.planning.mppi import MAX_NOISE
 from m3po.planning.trust_region import draw_elite, gaussian_log_prob
 from m3po.validation import validate
@@ -33,14 +33,14 @@ SMALL = PlannerCfg(num_samples=12, num_policy_samples=2, num_iterations=2, num_e
 """Several iterations of few candidates."""
 
 
-def start_of(n=6, dim=2, shift=None, mask=None, ids=None):
+def inputs_of(n=6, dim=2, shift=None, mask=None, ids=None):
     """Where the quadratic is planned from: the policy does nothing."""
     ids = torch.arange(n) if ids is None else ids
     z = torch.randn(8, dim, generator=torch.Generator().manual_seed(3))[ids]
     zero = torch.zeros(len(ids), dim)
     mask = torch.ones(len(ids), dim, dtype=torch.bool) if mask is None else mask
     shift = zero if shift is None else shift
-    return Start(z, zero, zero + 1.0, shift, torch.zeros_like(ids), ids, torch.tensor(7), mask)
+    return PlanInputs(z, zero, zero + 1.0, shift, torch.zeros_like(ids), ids, torch.tensor(7), mask)
 
 
 @pytest.mark.parametrize(
@@ -86,33 +86,33 @@ def test_noise_is_standard_normal_and_independent_of_the_batch():
 def test_mppi_finds_the_optimum_of_a_linear_quadratic_problem():
     # Backward: after the last step V_1(z) = min_a |z + a|^2 + 0.1 a^2 = z^2 / 11, at a = -10/11 z.
     # First action: min_a (1 + 1/11) |z + a|^2 + 0.1 a^2  ->  a = -(12/11) / (12/11 + 0.1) z
-    start = start_of()
-    plan = planner_of(LinearModel(), CFG).plan(start)
-    torch.testing.assert_close(plan.mean, -(12 / 11) / (12 / 11 + 0.1) * start.z, atol=0.05, rtol=0.0)
+    inputs = inputs_of()
+    plan = planner_of(LinearModel(), CFG).plan(inputs)
+    torch.testing.assert_close(plan.mean, -(12 / 11) / (12 / 11 + 0.1) * inputs.z, atol=0.05, rtol=0.0)
     assert (plan.gain > 0).all()
 
 
 def test_a_gradient_plan_of_the_right_length_is_the_optimum_at_once():
     """In 24 dimensions, where a few random candidates find nothing."""
     cfg = replace(CFG, num_samples=8, num_policy_samples=2, num_iterations=1, num_elites=2, horizon=1)
-    start = start_of(dim=24)
-    optimum = -start.z / 1.1
+    inputs = inputs_of(dim=24)
+    optimum = -inputs.z / 1.1
     random, informed = (
-        planner_of(LinearModel(), cfg).plan(replace(start, shift=shift)).mean
+        planner_of(LinearModel(), cfg).plan(replace(inputs, shift=shift)).mean
         for shift in (torch.zeros_like(optimum), optimum)
     )
     objective = objective_of(LinearModel(), cfg)
-    best, found, blind = (objective.returns(start.z, a, start.task) for a in (optimum, informed, random))
+    best, found, blind = (objective.returns(inputs.z, a, inputs.task) for a in (optimum, informed, random))
     assert torch.equal(found, best)
     assert (blind < best - 1.0).all()
 
 
 def test_planning_walks_uphill_where_the_gradient_says_so():
     cfg = replace(CFG, num_samples=8, num_policy_samples=2, num_iterations=1, num_elites=2, max_acting_kl=0.3)
-    start = start_of(dim=6)
-    gradient = objective_of(LinearModel(), cfg).gradient(start.z, start.mu, start.sigma, start.task)
+    inputs = inputs_of(dim=6)
+    gradient = objective_of(LinearModel(), cfg).gradient(inputs.z, inputs.mu, inputs.sigma, inputs.task)
     shift = 0.6**0.5 * gradient / gradient.norm(dim=-1, keepdim=True)
-    plan = planner_of(LinearModel(), cfg).plan(replace(start, shift=shift))
+    plan = planner_of(LinearModel(), cfg).plan(replace(inputs, shift=shift))
     assert (torch.cosine_similarity(plan.mean, gradient) > 0.9).all()
     assert (plan.gain > 0).all()
 
@@ -125,23 +125,23 @@ def test_a_plan_equals_a_literal_loop_in_float64(several, anchor, kernels, itera
     monkeypatch.setattr("m3po.planning.mppi.CHUNK_ROWS", {"cpu": 25})  # several chunks, the last one smaller
     cfg = replace(SMALL, num_iterations=iterations, temperature=0.7, kernels=kernels)
     alg = build(several, anchor)
-    start = random_start(alg, 5)
-    found = MPPIPlanner(alg.objective, cfg, 11).plan(start)
+    inputs = random_inputs(alg, 5)
+    found = MPPIPlanner(alg.objective, cfg, 11).plan(inputs)
     exact = in_float64(alg.objective)
     for i in range(5):
         noise = []
         for iteration in range(iterations):
             drawn = cfg.num_samples - 4 - (cfg.num_policy_samples if iteration else 0)
-            shape = (drawn, cfg.horizon, start.mu.shape[1])
-            noise.append(planner_noise(torch.tensor([11, 3, iteration]), start.env_ids[i : i + 1], shape)[0].double())
-        row = [x[i].double() for x in (start.z, start.mu, start.sigma, start.shift)]
+            shape = (drawn, cfg.horizon, inputs.mu.shape[1])
+            noise.append(planner_noise(torch.tensor([11, 3, iteration]), inputs.env_ids[i : i + 1], shape)[0].double())
+        row = [x[i].double() for x in (inputs.z, inputs.mu, inputs.sigma, inputs.shift)]
         with torch.no_grad():
-            mean, gain = literal_plan(exact, cfg, *row, start.task[i], noise, start.action_mask[i])
+            mean, gain = literal_plan(exact, cfg, *row, inputs.task[i], noise, inputs.action_mask[i])
         torch.testing.assert_close(found.mean[i].double(), mean, atol=1e-3, rtol=1e-3)
         assert found.gain[i].item() == pytest.approx(gain, abs=1e-2)
 
 
-def random_start(alg, n):
+def random_inputs(alg, n):
     """Somewhere to plan from, with a gradient's plan inside the trust region."""
     stream = torch.Generator().manual_seed(5)
     dims, actions = sum(alg.objective.group_dims.values()), alg.tasks.action_mask.shape[1]
@@ -150,7 +150,7 @@ def random_start(alg, n):
     mu, sigma = torch.randn(n, actions, generator=stream), torch.rand(n, actions, generator=stream) + 0.1
     mask = alg.tasks.action_mask[task]
     shift = 0.3 * torch.randn(n, actions, generator=stream).clamp(-1, 1) * mask
-    return Start(z, mu, sigma, shift, task, torch.arange(n) + 50, torch.tensor(3), mask)
+    return PlanInputs(z, mu, sigma, shift, task, torch.arange(n) + 50, torch.tensor(3), mask)
 
 
 # -- against the gradient's plan ---------------------------------------------------------------------------------------
@@ -161,26 +161,26 @@ def test_a_plan_is_never_worse_than_the_gradients_and_says_its_gain():
     cfg = replace(SMALL, num_iterations=1, max_acting_kl=0.125)
     alg = build()
     objective, planner = alg.objective, MPPIPlanner(alg.objective, cfg, 0)
-    start = random_start(alg, 40)
-    gradient = objective.gradient(start.z, start.mu, start.sigma, start.task)
+    inputs = random_inputs(alg, 40)
+    gradient = objective.gradient(inputs.z, inputs.mu, inputs.sigma, inputs.task)
     shift = 0.5 * gradient / gradient.norm(dim=-1, keepdim=True)
     with torch.no_grad():
-        policy = objective.returns(start.z, start.mu, start.task)
-        gradient = objective.returns(start.z, start.mu + start.sigma * shift, start.task)
+        policy = objective.returns(inputs.z, inputs.mu, inputs.task)
+        gradient = objective.returns(inputs.z, inputs.mu + inputs.sigma * shift, inputs.task)
     count = 0
     for step in range(5):
-        start = replace(start, shift=shift, step=torch.tensor(step))
-        plan = planner.plan(start)
-        own = (plan.mean - (start.mu + start.sigma * shift)).abs().amax(-1) < 1e-6
+        inputs = replace(inputs, shift=shift, step=torch.tensor(step))
+        plan = planner.plan(inputs)
+        own = (plan.mean - (inputs.mu + inputs.sigma * shift)).abs().amax(-1) < 1e-6
         # The spread of the candidates' returns is the unit of the gain.
-        predicted = plan.gain * spreads(planner, start)
+        predicted = plan.gain * spreads(planner, inputs)
         assert (predicted >= gradient - policy - 1e-4).all()
         torch.testing.assert_close(predicted[own], (gradient - policy)[own], atol=1e-4, rtol=1e-4)
         count += int(own.sum())
     assert 0 < count < 200  # both happen
 
 
-def spreads(planner, start):
+def spreads(planner, inputs):
     """Std of the candidates' returns of a plan of one iteration, (n,)."""
     seen = []
     evaluate = planner.evaluate
@@ -190,20 +190,20 @@ def spreads(planner, start):
         return seen[-1]
 
     planner.evaluate = spy
-    planner.plan(start)
+    planner.plan(inputs)
     return seen[0].std(1, unbiased=False)
 
 
 def test_zero_iterations_are_the_gradients_plan():
     cfg = replace(CFG, num_iterations=0)
     shift = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
-    start = start_of(shift=shift)
-    plan = planner_of(LinearModel(), cfg).plan(start)
+    inputs = inputs_of(shift=shift)
+    plan = planner_of(LinearModel(), cfg).plan(inputs)
     torch.testing.assert_close(plan.mean, shift)
-    inside = planner_of(LinearModel(), replace(cfg, max_acting_kl=0.02)).plan(start).mean
+    inside = planner_of(LinearModel(), replace(cfg, max_acting_kl=0.02)).plan(inputs).mean
     torch.testing.assert_close(inside.norm(dim=-1), torch.full((6,), 0.2))
-    still = planner_of(LinearModel(), cfg).plan(start_of())
-    assert torch.equal(still.mean, start.mu)
+    still = planner_of(LinearModel(), cfg).plan(inputs_of())
+    assert torch.equal(still.mean, inputs.mu)
     # The paper's execution draws around it as well.
     draws, _ = draw_elite(replace(plan, std=1e-4 * plan.std), torch.Generator().manual_seed(0))
     torch.testing.assert_close(draws, shift, atol=1e-3, rtol=0.0)
@@ -212,11 +212,11 @@ def test_zero_iterations_are_the_gradients_plan():
 def test_the_gradients_lengths_and_the_policys_trajectories_are_candidates():
     cfg = replace(SMALL, num_iterations=1)
     shift = torch.full((3, 2), 0.25)
-    start = start_of(3, shift=shift)
-    u = planner_of(LinearModel(), cfg).plan(start).candidates
+    inputs = inputs_of(3, shift=shift)
+    u = planner_of(LinearModel(), cfg).plan(inputs).candidates
     for s, length in enumerate((0.0, 0.5, 1.0, 2.0)):
         assert torch.equal(u[:, s], length * shift)
-    noise = planner_noise(torch.tensor([0, 7, 0]), start.env_ids, (8, cfg.horizon, 2))[:, :, 0].clamp(-3, 3)
+    noise = planner_noise(torch.tensor([0, 7, 0]), inputs.env_ids, (8, cfg.horizon, 2))[:, :, 0].clamp(-3, 3)
     torch.testing.assert_close(u[:, 4:6], noise[:, :2])  # around the policy
     torch.testing.assert_close(u[:, 6:], (noise[:, 2:] + shift[:, None]).clamp(-3, 3))  # around the gradient's plan
 
@@ -226,8 +226,8 @@ def test_the_gradients_lengths_and_the_policys_trajectories_are_candidates():
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_scaling_all_rewards_leaves_the_plan_unchanged(scale):
-    start = start_of(shift=torch.full((6, 2), 0.3))
-    reference, scaled = (planner_of(LinearModel(factor), CFG).plan(start) for factor in (1.0, scale))
+    inputs = inputs_of(shift=torch.full((6, 2), 0.3))
+    reference, scaled = (planner_of(LinearModel(factor), CFG).plan(inputs) for factor in (1.0, scale))
     torch.testing.assert_close(scaled.mean, reference.mean, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(scaled.gain, reference.gain, atol=1e-3, rtol=1e-3)
 
@@ -235,11 +235,11 @@ def test_scaling_all_rewards_leaves_the_plan_unchanged(scale):
 @pytest.mark.parametrize("kernels", ["torch", "warp"])
 def test_the_temperature_sharpens_the_plan(kernels):
     """At 0 all elites weigh the same; at a very large one the best alone is the plan."""
-    start = start_of(shift=torch.full((6, 2), 0.3))
+    inputs = inputs_of(shift=torch.full((6, 2), 0.3))
     plans = {}
     for temperature in (0.0, 1.0, 1e5):
         cfg = replace(CFG, num_iterations=1, temperature=temperature, kernels=kernels)
-        plans[temperature] = planner_of(LinearModel(), cfg).plan(start)
+        plans[temperature] = planner_of(LinearModel(), cfg).plan(inputs)
     weights = {t: plan.weights for t, plan in plans.items()}
     assert torch.allclose(weights[0.0].amax(1), torch.full((6,), 1 / 24))
     assert (weights[1e5].amax(1) > 0.9).all()
@@ -253,20 +253,20 @@ def test_the_temperature_sharpens_the_plan(kernels):
 
 def test_a_plan_does_not_depend_on_the_batch():
     alg = build()
-    start, planner = random_start(alg, 5), MPPIPlanner(alg.objective, SMALL, 0)
-    together = planner.plan(start).mean.clone()
-    row = Start(**{k: v[3:4] if v.dim() else v for k, v in vars(start).items()})
+    inputs, planner = random_inputs(alg, 5), MPPIPlanner(alg.objective, SMALL, 0)
+    together = planner.plan(inputs).mean.clone()
+    row = PlanInputs(**{k: v[3:4] if v.dim() else v for k, v in vars(inputs).items()})
     torch.testing.assert_close(planner.plan(row).mean, together[3:4], atol=1e-5, rtol=1e-5)
-    for other in (replace(start, step=start.step + 1), replace(start, env_ids=start.env_ids + 1)):
+    for other in (replace(inputs, step=inputs.step + 1), replace(inputs, env_ids=inputs.env_ids + 1)):
         assert not torch.allclose(planner.plan(other).mean, together)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "warp"])
 def test_warp_kernels_plan_as_torch_does(kernels):
     alg = build(several=True)
-    start = random_start(alg, 20)
+    inputs = random_inputs(alg, 20)
     reference, found = (
-        MPPIPlanner(alg.objective, replace(SMALL, kernels=k), 0).plan(start) for k in ("torch", kernels)
+        MPPIPlanner(alg.objective, replace(SMALL, kernels=k), 0).plan(inputs) for k in ("torch", kernels)
     )
     for name in ("mean", "gain", "candidates", "weights", "std"):
         torch.testing.assert_close(getattr(found, name), getattr(reference, name), atol=1e-3, rtol=1e-3)
@@ -274,10 +274,10 @@ def test_warp_kernels_plan_as_torch_does(kernels):
 
 def test_bfloat16_ranks_candidates_as_float32_does():
     alg = build()
-    start = random_start(alg, 32)
+    inputs = random_inputs(alg, 32)
     u = torch.randn(32, 64, 3, 2, generator=torch.Generator().manual_seed(0))
     exact, rough = (
-        MPPIPlanner(alg.objective, replace(SMALL, precision=p), 0).evaluate(start, u).detach()
+        MPPIPlanner(alg.objective, replace(SMALL, precision=p), 0).evaluate(inputs, u).detach()
         for p in ("float32", "bfloat16")
     )
     assert rough.dtype == torch.float32
@@ -306,8 +306,8 @@ def test_masked_dimensions_stay_zero_and_influence_nothing(iterations, kernels):
     for junk in (0.0, 5.0):
         mu, shift = torch.zeros(3, 4), torch.full((3, 4), 0.3)
         mu[:, 2:] = shift[:, 2:] = junk
-        start = replace(start_of(3), mu=mu, sigma=torch.ones(3, 4), shift=shift, action_mask=mask)
-        plans.append(planner_of(Padded(), cfg).plan(start))
+        inputs = replace(inputs_of(3), mu=mu, sigma=torch.ones(3, 4), shift=shift, action_mask=mask)
+        plans.append(planner_of(Padded(), cfg).plan(inputs))
     for plan in plans:
         assert (plan.mean[:, 2:] == 0).all()
         assert (plan.candidates[..., 2:] == 0).all()
@@ -326,17 +326,17 @@ def test_an_elite_of_a_task_with_fewer_actions_has_a_density():
         def step(self, z, action, task):
             return super().step(z, action[..., :2], task)
 
-    start = replace(
-        start_of(4), mu=torch.zeros(4, 3), sigma=torch.ones(4, 3), shift=torch.zeros(4, 3), action_mask=mask
+    inputs = replace(
+        inputs_of(4), mu=torch.zeros(4, 3), sigma=torch.ones(4, 3), shift=torch.zeros(4, 3), action_mask=mask
     )
-    plan = planner_of(Padded(), SMALL).plan(start)
+    plan = planner_of(Padded(), SMALL).plan(inputs)
     action, log_beta = draw_elite(plan, torch.Generator().manual_seed(0))
     assert (action[:, 2] == 0).all()
     mixture = gaussian_log_prob(action[:, None, :2], plan.candidates[..., :2], plan.std[:, None, :2])
     excess = torch.logsumexp(plan.weights.log() + mixture, dim=1) - gaussian_log_prob(
-        action[:, :2], start.mu[:, :2], start.sigma[:, :2]
+        action[:, :2], inputs.mu[:, :2], inputs.sigma[:, :2]
     )
-    torch.testing.assert_close(log_beta - gaussian_log_prob(action, start.mu, start.sigma), excess)
+    torch.testing.assert_close(log_beta - gaussian_log_prob(action, inputs.mu, inputs.sigma), excess)
 
 
 # -- what is executed --------------------------------------------------------------------------------------------------
@@ -359,8 +359,8 @@ def test_projection_respects_the_trust_region(max_kl):
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 def test_plans_keep_to_the_trust_region(iterations):
     cfg = replace(SMALL, num_iterations=iterations, max_acting_kl=0.05)
-    start = start_of()
-    plan = planner_of(LinearModel(), cfg).plan(replace(start, z=10 * start.z, shift=-0.2 * start.z.sign()))
+    inputs = inputs_of()
+    plan = planner_of(LinearModel(), cfg).plan(replace(inputs, z=10 * inputs.z, shift=-0.2 * inputs.z.sign()))
     kl = 0.5 * plan.mean.square().sum(-1)
     assert (kl <= 0.05 * (1 + 1e-5)).all()
     assert kl.max() > 0.03
@@ -371,7 +371,7 @@ def test_plans_that_are_predicted_to_be_worse_than_the_policy_are_not_executed()
     mu, m = torch.zeros(3, 2), torch.ones(3, 2)
     accepted = Behaviour._accept(torch.tensor([-1.0, 0.0, 1e-3]), mu, m)
     assert accepted.tolist() == [[0, 0], [0, 0], [1, 1]]
-    alg = build(share=1.0, num_policy_samples=0, num_samples=4, num_elites=4)
+    alg = build(planned_fraction=1.0, num_policy_samples=0, num_samples=4, num_elites=4)
     alg.gates.gain.fill_(1.0)
     alg.behaviour.rotate()
     obs = alg.storage.obs[0].clone()
@@ -388,7 +388,7 @@ def test_plans_that_are_predicted_to_be_worse_than_the_policy_are_not_executed()
 
 @pytest.mark.parametrize("max_acting_kl", [0.02, float("inf")])
 def test_the_gradients_plan_keeps_to_its_trust_region_and_is_finite_without_one(max_acting_kl):
-    alg = build(share=1.0, num_iterations=0, max_acting_kl=max_acting_kl)
+    alg = build(planned_fraction=1.0, num_iterations=0, max_acting_kl=max_acting_kl)
     alg.gates.gradient_size.fill_(1e-9)
     obs = alg.storage.obs[0].clone()
     for gain, part in ((1e3, 1.0), (0.5 * alg.cfg.planner.full_gain, 0.5)):
@@ -403,7 +403,7 @@ def test_the_gradients_plan_keeps_to_its_trust_region_and_is_finite_without_one(
 
 @pytest.mark.parametrize(("worth", "part"), [(-1.0, 0.0), (0.0, 0.0), (0.5, 0.5), (3.0, 1.0)])
 def test_played_plans_go_as_far_as_acting_on_them_was_worth(worth, part):
-    alg = build(share=1.0)
+    alg = build(planned_fraction=1.0)
     alg.gates.gain.fill_(1e3)
     obs, played = alg.storage.obs[0].clone(), []
     for realised in (1.0, worth):
@@ -420,7 +420,7 @@ def test_played_plans_go_as_far_as_acting_on_them_was_worth(worth, part):
 )
 def test_played_plans_go_no_further_than_those_of_an_update(budget, waited, kl):
     """Of one rollout, however many the run waits for: a loaded checkpoint does not know that, and plays the same."""
-    alg = build(share=1.0, num_iterations=0)
+    alg = build(planned_fraction=1.0, num_iterations=0)
     alg.gates.gradient_size.fill_(1e-9)  # so that all plans are as long as they may be
     alg.gates.gain.fill_(1e3)
     alg.gates.plan_budget.fill_(budget)
@@ -440,7 +440,7 @@ def test_density_of_a_drawn_elite_against_monte_carlo():
     """The behaviour of paper execution: its log-density must be that of its draws."""
     n = 200_000
     cfg = replace(CFG, num_elites=3, num_iterations=1, num_samples=16)
-    plan = planner_of(LinearModel(), cfg).plan(start_of(1, 1))
+    plan = planner_of(LinearModel(), cfg).plan(inputs_of(1, 1))
     plan = replace(
         plan,
         candidates=plan.candidates.expand(n, -1, -1),
@@ -464,8 +464,8 @@ def test_density_of_a_drawn_elite_against_monte_carlo():
         ({"num_elites": 100}, "exceeds"),
         ({"num_samples": 5}, "num_samples must be at least 6"),
         ({"horizon": 0}, "horizon must be at least 1"),
-        ({"share": -0.1}, "share must lie in"),
-        ({"share": 2.0}, "share must lie in"),
+        ({"planned_fraction": -0.1}, "planned_fraction must lie in"),
+        ({"planned_fraction": 2.0}, "planned_fraction must lie in"),
         ({"kernels": "cuda"}, "kernels must be one of torch, warp"),
         ({"precision": "float16"}, "precision must be one of"),
         ({"execution": "best"}, "execution must be one of projected, mppi"),
@@ -484,12 +484,12 @@ def test_a_wrong_budget_is_refused(changes, message):
 def test_a_plan_equals_the_return_of_its_parts():
     """What is evaluated is the first action plus later noise, as the literal return has it."""
     alg = build()
-    start = random_start(alg, 4)
+    inputs = random_inputs(alg, 4)
     u = torch.randn(4, 3, 3, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = MPPIPlanner(alg.objective, SMALL, 0).evaluate(start, u)
+        found = MPPIPlanner(alg.objective, SMALL, 0).evaluate(inputs, u)
         for i in range(4):
             for s in range(3):
-                noise = start.sigma[i] * u[i, s]
-                expected = literal_return(alg.objective, start.z[i], start.mu[i] + noise[0], start.task[i], noise)
+                noise = inputs.sigma[i] * u[i, s]
+                expected = literal_return(alg.objective, inputs.z[i], inputs.mu[i] + noise[0], inputs.task[i], noise)
                 assert found[i, s].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)

@@ -11,7 +11,7 @@ from toy_gates import open_gates
 
 from m3po.algorithms.policy_average import KEY
 from m3po.algorithms.policy_outputs import PolicyOutputs
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.errors import UserError
 from m3po.export import export_policy
 from m3po.runners import M3PORunner
@@ -31,7 +31,7 @@ def weights(policy: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()
 
 
-def test_it_is_the_exponential_average_over_iterations_with_statistics_of_now():
+def test_it_is_the_exponential_average_over_iterations_with_current_statistics():
     runner = make()
     expected = None
     for _ in range(4):
@@ -128,7 +128,7 @@ def test_export_writes_what_is_played(tmp_path):
 
 def test_other_tasks_start_with_the_average_of_the_ones_before(tmp_path):
     def agent(*names: str) -> M3PORunner:
-        env = MultiTaskVecEnv([Member(name, PointEnv(8), (-20.0, 0.0)) for name in names], "cpu")
+        env = MultiTaskVecEnv([TaskEnv(name, PointEnv(8), (-20.0, 0.0)) for name in names], "cpu")
         return M3PORunner(env, runner_cfg(policy_average_decay=0.75), None, "cpu")
 
     old, new = agent("near", "far"), agent("far", "wide")

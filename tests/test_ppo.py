@@ -16,7 +16,7 @@ from m3po.baselines.ppo import PPO, check_ppo_cfg
 from m3po.cli import play, suite_job
 from m3po.cli.train import run
 from m3po.envs import suite
-from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv, task_discount
 from m3po.errors import CheckpointError, UserError
 from m3po.evaluation import evaluate
 from m3po.evaluation_process import policies_of
@@ -34,8 +34,10 @@ def make_job(*argv: str) -> suite_job.SuiteJob:
 
 def points(*dims: int, num_envs: int = 8) -> MultiTaskVecEnv:
     """Points in spaces of different dimensions."""
-    members = [Member(f"point-{dim}", PointEnv(num_envs, dim=dim, seed=k), (-20.0, 0.0)) for k, dim in enumerate(dims)]
-    return MultiTaskVecEnv(members, "cpu")
+    task_envs = [
+        TaskEnv(f"point-{dim}", PointEnv(num_envs, dim=dim, seed=k), (-20.0, 0.0)) for k, dim in enumerate(dims)
+    ]
+    return MultiTaskVecEnv(task_envs, "cpu")
 
 
 def runner(env: MultiTaskVecEnv | PointEnv, log_dir: Path | None = None, **changes) -> M3PORunner:
@@ -107,7 +109,10 @@ def test_several_tasks_have_the_mean_of_their_discounts():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("planner.share=0.5", r"override 'agent.algorithm.planner'\. agent.algorithm has: num_learning_epochs,"),
+        (
+            "planner.planned_fraction=0.5",
+            r"override 'agent.algorithm.planner'\. agent.algorithm has: num_learning_epochs,",
+        ),
         ("desired_k=0.5", "Did you mean 'desired_kl'"),
         ("class_name=M3PO", "unknown override 'agent.algorithm.class_name'"),
         ("num_mini_batches=1025", "num_mini_batches must lie between 1 and 1024 samples of a rollout, got 1025"),
@@ -123,7 +128,11 @@ def test_wrong_overrides_are_refused(override, message):
 
 
 def test_other_wrong_sizes_are_refused():
-    for option, message in (("num_steps_per_env=0", "must be at least 1, got 0"), ("quarantine_share=2.0", "share")):
+    for option, message in (
+        ("num_steps_per_env=0", "must be at least 1, got 0"),
+        ("max_nan_fraction=2.0", "must lie in"),
+        ("quarantine_share=0.5", "'quarantine_share' was removed; it is replaced by max_nan_fraction"),
+    ):
         with pytest.raises(UserError, match=message):
             make_job("--task", "walker-walk", f"agent.{option}")
     with pytest.raises(UserError, match=r"'m3po_paper_cfg_entry_point' is not one of algorithm 'ppo'"):
@@ -161,7 +170,7 @@ def test_padded_actions_are_zero_and_do_not_count():
     torch.testing.assert_close(kl, 0.125 * env.action_mask.sum(1))
 
 
-def test_each_task_has_statistics_and_a_deviation_of_its_own():
+def test_each_task_has_statistics_and_a_std_of_its_own():
     env = points(1, 3)
     alg = rollout(runner(env))
     alg.update()

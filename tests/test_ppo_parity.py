@@ -13,7 +13,7 @@ from m3po.algorithms import M3PO
 # rsl_rl multiplies these two in float32, also where all else is float64: of these, that is exact.
 DISCOUNT = {"gamma": 127 / 128, "lam": 61 / 64}
 OFF = {
-    "planner": {"max_learning_kl": 0.0, "share": 0.0},
+    "planner": {"max_learning_kl": 0.0, "planned_fraction": 0.0},
     "bonus": {"size": 0.0},
     "world_model": {"steps_per_iteration": 0},
     "critic_replay": {"steps_per_iteration": 0},
@@ -103,11 +103,11 @@ def made(seed, num_envs=32, **changes):
 
 def test_plans_of_length_0_are_the_policy_bit_for_bit():
     runs, model = [], {"steps_per_iteration": 3}
-    for planner in ({"share": 0.0}, {"share": 1.0, "num_iterations": 0}):
+    for planner in ({"planned_fraction": 0.0}, {"planned_fraction": 1.0, "num_iterations": 0}):
         env, algorithm = made(3, planner={"max_learning_kl": 0.0, **planner}, world_model=model)
         torch.manual_seed(4)
         runs.append(rollouts(algorithm, env))
-        if planner["share"]:
+        if planner["planned_fraction"]:
             # The planner itself, not only a shortcut that skips it.
             obs = env.get_observations()
             policy = algorithm.behaviour.sample(obs)
@@ -121,8 +121,8 @@ def test_plans_of_length_0_are_the_policy_bit_for_bit():
 
 def test_a_gate_that_stays_closed_is_the_part_switched_off():
     runs, model = [], {"steps_per_iteration": 3}
-    for max_kl, share in ((0.0, 0.0), (0.06, 0.25)):
-        env, algorithm = made(6, planner={"max_learning_kl": max_kl, "share": share}, world_model=model)
+    for max_kl, fraction in ((0.0, 0.0), (0.06, 0.25)):
+        env, algorithm = made(6, planner={"max_learning_kl": max_kl, "planned_fraction": fraction}, world_model=model)
         algorithm.gates.update_gain = lambda *args: None
         runs.append(rollouts(algorithm, env))
     for first, second in zip(*runs, strict=True):

@@ -84,10 +84,12 @@ OF_TASK = ("gamma", "entropy_coef", "max_grad_norm", "num_learning_epochs", "num
 OLD = {
     "algorithm.value_gradient.steps_per_iteration": "planner and world_model (planner.max_learning_kl=0 switches",
     "algorithm.distill_coef": "replaced by the regression onto plans (planner.max_learning_kl)",
-    "algorithm.planner.stages": "the share follows the realised gain",
+    "algorithm.planner.stages": "the fraction follows the realised gain",
+    "algorithm.planner.share": "replaced by planned_fraction",
     "algorithm.world_model.ring_transitions": "replaced by replay_transitions",
     "algorithm.bonus.alpha": "replaced by size",
     "algorithm.critic_replay.lam": "it is 0.95",
+    "quarantine_share": "replaced by max_nan_fraction",
 }
 """Path of a field of an earlier version -> what the message must say."""
 
@@ -272,10 +274,11 @@ def test_null_switches_a_term_of_an_environment_off(section):
 def test_a_field_of_an_earlier_version_names_what_replaces_it(facts):
     """In the configclasses that Isaac Lab's registry has."""
     for (path, expected), message in zip(OLD.items(), facts["refused"], strict=True):
-        parent, name = path.rsplit(".", 1) if "value_gradient" not in path else ("algorithm", "value_gradient")
-        assert message.startswith(f"unknown override 'agent.{parent}.{name}'. '{name}' was removed; it is ")
+        *parents, name = path.split(".") if "value_gradient" not in path else ("algorithm", "value_gradient")
+        where = ".".join(("agent", *parents))
+        assert message.startswith(f"unknown override '{where}.{name}'. '{name}' was removed; it is ")
         assert expected in message
-        assert f"agent.{parent} has: " in message
+        assert f" {where} has: " in message
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from toy_gates import open_gates
 
 from m3po.algorithms import M3PO
 from m3po.cli.train import run as train_command
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.errors import CheckpointError, UserError
 from m3po.runners import M3PORunner
 from m3po.runners.checkpoint import BEST, LAST, read_checkpoint
@@ -44,8 +44,8 @@ class Sparse(PointEnv):
 
 
 def two_tasks() -> MultiTaskVecEnv:
-    members = [Member("near", PointEnv(8, edge=1.5), (-20.0, 0.0)), Member("far", PointEnv(8, dim=3, episode=30))]
-    return MultiTaskVecEnv(members, "cpu")
+    task_envs = [TaskEnv("near", PointEnv(8, edge=1.5), (-20.0, 0.0)), TaskEnv("far", PointEnv(8, dim=3, episode=30))]
+    return MultiTaskVecEnv(task_envs, "cpu")
 
 
 def ppo_of_several() -> dict:
@@ -58,7 +58,7 @@ def ppo_of_several() -> dict:
 
 def everything(**algorithm: object) -> dict:
     """All parts on: plans to learn from and to act by, bonus, critic replay, world model, average."""
-    planner = {"share": 0.5, **algorithm.pop("planner", {})}
+    planner = {"planned_fraction": 0.5, **algorithm.pop("planner", {})}
     model = {"extra_steps": 2, **algorithm.pop("world_model", {})}
     return runner_cfg(planner=planner, world_model=model, policy_average_decay=0.8, **algorithm)
 
@@ -103,7 +103,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def test_a_resume_with_other_optimisers_is_refused_before_anything_is_loaded(tmp_path):
-    """The deviation's own step size is a group of its own."""
+    """The std's own step size is a group of its own."""
     start("m3po", tmp_path).learn(1)
     cfg = everything(std_learning_rate=0.0)
     runner = M3PORunner(point(), cfg | {"max_iterations": 6}, str(tmp_path), "cpu")
@@ -138,7 +138,7 @@ def test_n_and_m_iterations_equal_n_stop_resume_m_bit_for_bit(case, tmp_path):
     assert ours["runner_state"]["env_steps"] == theirs["runner_state"]["env_steps"] == 5 * 8 * 16
     if not case.startswith("ppo"):  # all parts took part
         rows = [{name: float(value) for name, value in row.items() if value} for row in table(parts / "progress.csv")]
-        for name in ("planner/share", "planner/kl", "plan/kl", "plan/cosine", "loss/critic_replay"):
+        for name in ("planner/planned_fraction", "planner/kl", "plan/kl", "plan/cosine", "loss/critic_replay"):
             assert any(row[name] != 0.0 for row in rows[3:]), name
         bonus = [row["bonus/mean_abs"] != 0.0 for row in rows]
         assert bonus[0]
@@ -366,7 +366,7 @@ DMC += (
     "agent.algorithm.world_model.replay_transitions=512",
     "agent.algorithm.world_model.steps_per_iteration=12",
     "agent.algorithm.world_model.extra_steps=0",
-    "agent.algorithm.planner.share=0.5",
+    "agent.algorithm.planner.planned_fraction=0.5",
     "agent.save_interval=1",
 )
 

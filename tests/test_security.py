@@ -219,8 +219,8 @@ ALLOWED = {
     "source/m3po/export.py": {"torch.jit.load"},
     # Between a process and the one that it has started, over a pair of sockets that has no address and that no third
     # process can open: what is unpickled, and the factory that is imported, come from our own code in the other one.
-    "source/m3po/envs/member_process.py": {".recv"},
-    "source/m3po/envs/member_worker.py": {".recv", "importlib.import_module"},
+    "source/m3po/envs/subproc_env.py": {".recv"},
+    "source/m3po/envs/subproc_worker.py": {".recv", "importlib.import_module"},
     "tasks/m3po_tasks/metaworld/pool.py": {".recv"},
     "tasks/m3po_tasks/metaworld/worker.py": {".recv"},
     # One of the package's own modules, from a table.

@@ -50,9 +50,9 @@ def test_a_dimension_that_begins_to_change_keeps_its_weights():
         rows = observations(64, 0.0, stream)
         rows["policy"] *= constant
         learn_statistics(network, rows)
-    weights, deviation = network.mlp[0].weight.clone(), network.obs_normalizer.deviation()
+    weights, std = network.mlp[0].weight.clone(), network.obs_normalizer.stds()
     learn_statistics(network, observations(64, 0.0, stream))
-    stretched = network.obs_normalizer.deviation() / deviation
+    stretched = network.obs_normalizer.stds() / std
     assert stretched[1] > 1.0 + SMALL
     torch.testing.assert_close(network.mlp[0].weight[:, 1], weights[:, 1])
     others = [0, 2, 3]

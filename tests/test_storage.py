@@ -90,7 +90,7 @@ def test_the_newest_steps_come_in_order_of_time(storage, steps):
     assert found["obs"]["policy"][:, :, 0].tolist() == [[float(t)] * N for t in range(20 - count, 20)]
     assert found["obs"]["policy"][0, :, 1].tolist() == [0.0, 1.0, 2.0]
     assert found["rewards"][:, 0].tolist() == [float(t) for t in range(20 - count, 20)]
-    assert set(replay.latest(1, ("lost", "task"))) == {"lost", "task"}
+    assert set(replay.latest(1, ("invalid", "task"))) == {"invalid", "task"}
 
 
 def test_a_buffer_that_is_not_full_yet_holds_what_was_added(storage):
@@ -121,14 +121,14 @@ def test_episodes_end_where_the_environments_do_not_go_on(storage):
 def test_steps_that_never_took_place_are_masked(storage):
     replay = ReplayBuffer(storage, 1)
     fill(storage, 0)
-    storage.lost[1, 2] = True
+    storage.invalid[1, 2] = True
     storage.next_obs_valid[2, 0] = False
     replay.add(storage)
     batch = replay.sample(300, 2)
     time, env = batch.obs["policy"].unbind(-1)
-    lost, unknown = (time == 1) & (env == 2), (time == 2) & (env == 0)
-    assert torch.equal(batch.mask, ~lost)
-    assert torch.equal(batch.next_mask, ~lost & ~unknown)
+    invalid, unknown = (time == 1) & (env == 2), (time == 2) & (env == 0)
+    assert torch.equal(batch.mask, ~invalid)
+    assert torch.equal(batch.next_mask, ~invalid & ~unknown)
 
 
 def test_a_buffer_goes_on_from_its_state(storage):
@@ -156,11 +156,11 @@ def test_a_buffer_of_one_rollout_holds_exactly_the_current_one(storage):
 
 def test_mini_batches_leave_out_what_never_took_place(storage):
     fill(storage, 0)
-    storage.lost[:, 1] = storage.any_lost = True
+    storage.invalid[:, 1] = storage.any_invalid = True
     seen = torch.cat([batch["obs"]["policy"] for batch in storage.mini_batches(2, 1)])
     assert sorted(map(tuple, seen.tolist())) == [(float(t), float(n)) for t in range(T) for n in (0, 2)]
     storage.clear()
-    assert not storage.lost.any()
+    assert not storage.invalid.any()
 
 
 def test_all_epochs_share_one_order_and_rows_stay_together(storage):
@@ -174,12 +174,12 @@ def test_all_epochs_share_one_order_and_rows_stay_together(storage):
         assert torch.equal(first["actions"][:, 0], first["advantages"])
 
 
-def test_lost_steps_are_made_finite_and_others_left_alone(storage):
+def test_invalid_steps_are_made_finite_and_others_left_alone(storage):
     fill(storage, 0)
-    storage.lost[1, 2] = True
+    storage.invalid[1, 2] = True
     for name in ("actions", "std", "log_beta"):
         getattr(storage, name)[1:3, 2] = torch.nan
-    storage.repair_lost()
+    storage.repair_invalid()
     assert storage.actions[1, 2].item() == storage.log_beta[1, 2].item() == 0.0
     assert storage.std[1, 2].item() == 1.0
     for name in ("actions", "std", "log_beta"):

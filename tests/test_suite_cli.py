@@ -68,7 +68,7 @@ TRAIN_MISTAKES = {
     "wrong value": ((*WALKER, "agent.algorithm.planner.execution=foo"), "projected, mppi"),
     "too many mini-batches": ((*WALKER, "--num_envs", "1", "agent.algorithm.num_mini_batches=17"), "rollout, got 17"),
     "field of another algorithm": (
-        (*WALKER, "--algo", "ppo", "agent.algorithm.planner.share=0.5"),
+        (*WALKER, "--algo", "ppo", "agent.algorithm.planner.planned_fraction=0.5"),
         "unknown override 'agent.algorithm.planner'. agent.algorithm has: num_learning_epochs, num_mini_batches,",
     ),
     "agent of another algorithm": ((*WALKER, "--algo", "ppo", "--agent", PAPER), "is not one of algorithm 'ppo'"),
@@ -175,7 +175,7 @@ def test_mistake_on_a_real_command_line(run_script):
     ],
 )
 def test_which_command_lines_are_for_suites(argv, expected):
-    assert suite_job.handles(argv) is expected
+    assert suite_job.is_suite_command(argv) is expected
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_suites_update_more_often_and_by_less():
     model = cfg["algorithm"]["world_model"]
     assert (model["steps_per_iteration"], model["extra_steps"]) == (40, 100)
     paper = make_job(*WALKER, "--agent", PAPER).train_cfg
-    assert (paper["num_steps_per_env"], paper["algorithm"]["planner"]["share"]) == (16, 1.0)
+    assert (paper["num_steps_per_env"], paper["algorithm"]["planner"]["planned_fraction"]) == (16, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def build(names=NAMES, ids=IDS, ranges=RANGES):
 
 
 def random_steps(count, seed, reports_success=True):
-    """Steps of the six environments: rewards, ends and extras; the second task's environments are lost now and then."""
+    """Steps of the six environments: rewards, ends and extras; the second task has invalid steps now and then."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw():
@@ -38,8 +38,8 @@ def random_steps(count, seed, reports_success=True):
         if reports_success:
             extras["success"] = torch.where(IDS == 0, (draw() < 0.5).float(), torch.nan)
         if draw()[0] < 0.2:
-            extras["lost"] = IDS == 1
-            dones, rewards = dones | extras["lost"], rewards.masked_fill(extras["lost"], 0.0)
+            extras["invalid"] = IDS == 1
+            dones, rewards = dones | extras["invalid"], rewards.masked_fill(extras["invalid"], 0.0)
         yield rewards, dones, extras
 
 
@@ -53,7 +53,7 @@ class Ledger:
 
     def add(self, rewards, dones, extras):
         for env, task in enumerate(IDS.tolist()):
-            if "lost" in extras and extras["lost"][env]:
+            if "invalid" in extras and extras["invalid"][env]:
                 self.running[env] = (0.0, 0)
                 continue
             total, length = self.running[env]
@@ -130,19 +130,19 @@ def test_a_success_rate_in_a_tasks_log_is_its_success():
     assert result["task/walk/success"] == 1.0 and result["walk/Metrics/success_rate"] == 0.25
 
 
-def test_lost_episodes_do_not_count():
+def test_invalid_episodes_do_not_count():
     statistics = build()
     none, everyone = torch.zeros(6, dtype=torch.bool), torch.ones(6, dtype=torch.bool)
     statistics.add(torch.ones(6), none, {})
-    lost = IDS == 1
-    statistics.add(torch.where(lost, 0.0, 1.0), lost, {"lost": lost})
+    invalid = IDS == 1
+    statistics.add(torch.where(invalid, 0.0, 1.0), invalid, {"invalid": invalid})
     result = statistics.read()
     assert result["episodes"] == 0 and "mean_return" not in result and "score_mean" not in result
-    assert result["task/walk/step_reward"] == 1.0  # the lost step had no reward
+    assert result["task/walk/step_reward"] == 1.0  # the invalid step had no reward
     statistics.add(torch.ones(6), everyone, {})
     result = statistics.read()
     assert [result[f"task/{name}/return"] for name in NAMES] == [3.0, 1.0, 3.0]
-    statistics.add(torch.zeros(6), lost, {"lost": lost})
+    statistics.add(torch.zeros(6), invalid, {"invalid": invalid})
     result = statistics.read()
     assert "task/walk/step_reward" not in result  # it made no step at all
     assert result["mean_step_reward"] == 0.0

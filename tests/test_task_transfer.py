@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from toy_env import PointEnv, runner_cfg
 from toy_gates import open_gates
-from toy_members import ToyMember
+from toy_tasks import ToyTask
 
 from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.cli import suite_job
@@ -19,7 +19,7 @@ from m3po.cli.job import add_task_arguments
 from m3po.cli.suite_job import from_order
 from m3po.cli.train import run
 from m3po.envs import suite
-from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv, task_discount
 from m3po.envs.suite import TaskInfo
 from m3po.errors import CheckpointError, UserError
 from m3po.runners import M3PORunner
@@ -32,13 +32,13 @@ DIMS = {"line": 1, "plane": 2, "flat": 2, "space": 3}
 
 def runner(*tasks: str, log_dir: Path | None = None, **algorithm) -> M3PORunner:
     """A runner on points, each in as many dimensions as :data:`DIMS` says."""
-    members = [Member(task, PointEnv(8, dim=DIMS[task], seed=k)) for k, task in enumerate(tasks)]
-    for member in members:
-        member.env.cfg.compute_final_obs = True
+    task_envs = [TaskEnv(task, PointEnv(8, dim=DIMS[task], seed=k)) for k, task in enumerate(tasks)]
+    for task_env in task_envs:
+        task_env.env.cfg.compute_final_obs = True
     torch.manual_seed(len(tasks))
     gamma = task_discount(20)  # what several tasks of this length are given
     cfg = runner_cfg(**{"gamma": gamma, **algorithm}) | {"task": ",".join(tasks)}
-    return M3PORunner(MultiTaskVecEnv(members, "cpu"), cfg, log_dir and str(log_dir), "cpu")
+    return M3PORunner(MultiTaskVecEnv(task_envs, "cpu"), cfg, log_dir and str(log_dir), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_statistics_and_gates_go_with_their_tasks(trained, tmp_path):
     content["gates_state_dict"]["gain"] = torch.tensor([0.5, 0.0])
     content["gates_state_dict"]["rewarded"] = torch.tensor([0.25, 1.0])
     write_checkpoint(tmp_path / "gated.pt", content)
-    new = runner("plane", "space", "line", planner={"share": 0.5})
+    new = runner("plane", "space", "line", planner={"planned_fraction": 0.5})
     fresh = new.alg.gates.realised[1].clone()
     new.transfer(str(tmp_path / "gated.pt"))
     gates, behaviour = new.alg.gates, new.alg.behaviour
@@ -362,7 +362,7 @@ class PointSuite:
 
     def make(self, task, num_envs, *, seed, device):
         PointSuite.made += 1
-        return ToyMember(num_envs, dim=DIMS[task], episode=20, seed=seed)
+        return ToyTask(num_envs, dim=DIMS[task], episode=20, seed=seed)
 
 
 @pytest.fixture
@@ -435,6 +435,6 @@ def test_the_process_that_evaluates_builds_the_same_networks(points):
 
 def test_one_isaac_lab_task_leaves_its_own_launcher_when_it_shares_networks():
     ant = ["--task", "Isaac-Ant-v0"]
-    assert not suite_job.handles(ant)
+    assert not suite_job.is_suite_command(ant)
     for option in (["--transfer", "x.pt"], ["--multi_task"]):
-        assert suite_job.handles([*ant, *option])
+        assert suite_job.is_suite_command([*ant, *option])

@@ -29,7 +29,7 @@ def train(env: PointEnv, iterations: int = 30, predicts: bool = True) -> M3PORun
         learning_rate=0.0,
         std_learning_rate=1e-12,
         gamma=0.95,
-        planner={"max_learning_kl": 0.0, "share": 0.0},
+        planner={"max_learning_kl": 0.0, "planned_fraction": 0.0},
         world_model={"steps_per_iteration": 20},
         critic_replay={"steps_per_iteration": 32, "batch_size": 256},
     )

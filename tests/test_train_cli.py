@@ -56,7 +56,7 @@ MISTAKES = {
     "unknown kernels": ((*ANT, "agent.algorithm.planner.kernels=cuda"), "one of torch, warp"),
     "field of an earlier version": (
         (*ANT, "agent.algorithm.planner.stages=[[0.5,{{'share':0.1}}]]"),
-        "'stages' was removed; it is replaced by nothing: the share follows the realised gain.",
+        "'stages' was removed; it is replaced by nothing: the fraction follows the realised gain.",
     ),
     "section of an earlier version": (
         (*ANT, "agent.algorithm.value_gradient.steps_per_iteration=0"),
@@ -65,10 +65,15 @@ MISTAKES = {
     "plans without a trained model": ((*ANT, UNTRAINED), "set, for example, world_model.steps_per_iteration=40"),
     "a planner without a trained model": (
         (*ANT, UNTRAINED, "agent.algorithm.planner.max_learning_kl=0.0"),
-        "planner.share is 0.25, but the world model that it needs is not trained",
+        "planner.planned_fraction is 0.25, but the world model that it needs is not trained",
     ),
     "a bonus without a trained model": (
-        (*ANT, UNTRAINED, "agent.algorithm.planner.max_learning_kl=0.0", "agent.algorithm.planner.share=0.0"),
+        (
+            *ANT,
+            UNTRAINED,
+            "agent.algorithm.planner.max_learning_kl=0.0",
+            "agent.algorithm.planner.planned_fraction=0.0",
+        ),
         "bonus.size is 0.15, but the world model that it needs is not trained",
     ),
     "no environments": ((*ANT, "--num_envs", "0"), "at least 1, got 0"),
@@ -151,7 +156,7 @@ def test_mistake_on_a_real_command_line(command):
 
 PREPARE = """
 import json, sys
-from isaaclab_m3po.launch import IsaacJob
+from isaaclab_m3po.isaac_job import IsaacJob
 from m3po.cli import arguments, job as jobs_module
 from m3po.cli.suite_job import from_order
 
@@ -198,7 +203,7 @@ def test_defaults_and_overrides_of_both_algorithms():
 SMALL = ("--num_envs", "16", "--max_iterations", "2", "--device", "cpu", "--seed", "3")
 # without the gradient's gate, all environments act by plans from the first step on
 PLANNING = (
-    "agent.algorithm.planner.share=1.0",
+    "agent.algorithm.planner.planned_fraction=1.0",
     "agent.algorithm.planner.max_learning_kl=0.0",
     "agent.algorithm.world_model.steps_per_iteration=4",
     "agent.algorithm.world_model.extra_steps=20",
@@ -256,14 +261,18 @@ def test_all_ways_in_give_the_same_result_bit_for_bit(runs, first, second):
 @pytest.mark.sim
 def test_the_planner_took_part_in_the_compared_runs(runs):
     header, *rows = (runs["m3po, our script"].folder / "progress.csv").read_text().splitlines()
-    assert float(rows[-1].split(",")[header.split(",").index("planner/share")]) > 0.0
+    assert float(rows[-1].split(",")[header.split(",").index("planner/planned_fraction")]) > 0.0
 
 
 @pytest.mark.sim
 def test_launcher_prints_what_it_chose(runs):
     m3po, ppo = runs["m3po, our script"].result.stdout, runs["ppo, our backend"].result.stdout
     preset = AlgorithmCfg()
-    preset.planner.share, preset.planner.max_learning_kl, preset.world_model.steps_per_iteration = 1.0, 0.0, 4
+    preset.planner.planned_fraction, preset.planner.max_learning_kl, preset.world_model.steps_per_iteration = (
+        1.0,
+        0.0,
+        4,
+    )
     assert describe(preset, "default", "cpu") in m3po
     for stdout, num_steps in ((m3po, 8), (ppo, 16)):
         assert "[m3po] device: cpu, torch threads: 1 (OMP_NUM_THREADS)" in stdout

@@ -69,7 +69,7 @@ def test_one_wild_observation_does_not_set_the_unit(observation):
         usual, now = (getattr(runner.alg, network).obs_normalizer.std for runner in (plain, spoilt))
         assert (now / usual).max() < 10.0
     for name in ("obs_normalizer", "changes"):
-        usual, now = (getattr(runner.alg.model, name).deviation() for runner in (plain, spoilt))
+        usual, now = (getattr(runner.alg.model, name).stds() for runner in (plain, spoilt))
         assert (now / usual).max() < 10.0
 
 
@@ -96,13 +96,13 @@ def test_a_rare_reward_that_is_the_only_one_passes(every):
         statistics.update(rewards, NEVER, ONE)
 
 
-def test_what_falls_earn_is_usual_where_it_comes_often():
-    statistics, fallen = RewardStatistics(1), NEVER.clone()
-    fallen[::100] = True
-    rewards = torch.where(fallen, -500.0, 0.01)
+def test_what_terminations_earn_is_usual_where_it_comes_often():
+    statistics, terminated = RewardStatistics(1), NEVER.clone()
+    terminated[::100] = True
+    rewards = torch.where(terminated, -500.0, 0.01)
     for _ in range(3):
         assert torch.equal(statistics.bounded(rewards, ONE), rewards) or statistics.count == 0
-        statistics.update(rewards, fallen, ONE)
+        statistics.update(rewards, terminated, ONE)
 
 
 def test_a_tasks_rewards_do_not_bound_anothers():
@@ -140,7 +140,7 @@ def test_normalisers_bound_a_sample_and_forget(kind, monkeypatch):
     normalizer, task = (single, ()) if kind == "single" else (several, (ONE,))
 
     def std() -> float:
-        return (single.std if kind == "single" else several.deviation()).item()
+        return (single.std if kind == "single" else several.stds()).item()
 
     normalizer.update(torch.randn(1000, 1), *task)
     wild = torch.randn(1000, 1)
@@ -156,4 +156,4 @@ def test_a_dimension_that_begins_to_change_gets_its_scale():
     normalizer = TaskNormalizer(1, 1)
     normalizer.update(torch.zeros(1000, 1), ONE)
     normalizer.update(1e4 * torch.randn(1000, 1), ONE)
-    assert normalizer.deviation().item() > 1e3
+    assert normalizer.stds().item() > 1e3

@@ -19,7 +19,7 @@ from m3po.validation import validate
 
 
 def sequences(batch=256, horizon=3, seed=0, num_tasks=1):
-    """x' = x + 0.3 a, reward -|x|^2, a fall that costs 20 when x leaves the unit box."""
+    """x' = x + 0.3 a, reward -|x|^2, a termination that costs 20 when x leaves the unit box."""
     generator = torch.Generator().manual_seed(seed)
     obs = 2 * torch.rand(batch, 1, 2, generator=generator) - 1
     actions = torch.randn(batch, horizon, 2, generator=generator)
@@ -43,7 +43,7 @@ def sequences(batch=256, horizon=3, seed=0, num_tasks=1):
 def rollout_of(batch):
     """What a learner reads of a finished rollout, of sequences of one step."""
     fields = {"obs": batch.obs, "next_obs": batch.next_obs, "actions": batch.actions, "rewards": batch.rewards}
-    flags = {"terminated": batch.terminated, "lost": torch.zeros_like(batch.mask), "next_obs_valid": batch.next_mask}
+    flags = {"terminated": batch.terminated, "invalid": torch.zeros_like(batch.mask), "next_obs_valid": batch.next_mask}
     return SimpleNamespace(**fields, **flags, task=batch.task, device="cpu")
 
 
@@ -113,7 +113,7 @@ def test_a_step_is_what_was_predicted_in_the_units_of_the_task():
     model.changes.var.copy_(torch.tensor([[0.04, 1.0], [4.0, 9.0]]))
     model.reward_normalizer.mean.copy_(torch.tensor([[1.0], [-2.0]]))
     model.reward_normalizer.var.copy_(torch.tensor([[4.0], [0.25]]))
-    model.falls.terminal.copy_(torch.tensor([-7.0, 5.0]))
+    model.terminations.terminal.copy_(torch.tensor([-7.0, 5.0]))
     obs, task, action = torch.randn(6, 2), torch.arange(6) % 2, torch.randn(6, 2)
     z = model.encode(obs, task)
     change, features, reward, logits = model.predict(z, action, task)
@@ -229,17 +229,17 @@ def test_statistics_are_those_of_the_transitions():
     model, _ = build()
     batch = sequences(4000, 1)
     obs, next_obs, task = (x.flatten(0, 1) for x in (batch.obs["policy"], batch.next_obs["policy"], batch.task))
-    reward, fallen, valid = batch.rewards.flatten(), batch.terminated.flatten(), torch.ones(4000, dtype=torch.bool)
+    reward, terminated, valid = batch.rewards.flatten(), batch.terminated.flatten(), torch.ones(4000, dtype=torch.bool)
     valid[:100] = False
     poisoned = next_obs.clone()
     poisoned[:100] = 1e6
-    model.update_statistics(obs, poisoned, valid, reward, fallen, task)
+    model.update_statistics(obs, poisoned, valid, reward, terminated, task)
     torch.testing.assert_close(
         model.changes.var[0], (next_obs - obs)[100:].var(0, unbiased=False), rtol=1e-3, atol=1e-4
     )
     torch.testing.assert_close(model.obs_normalizer.mean[0], obs.mean(0), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(model.reward_normalizer.mean[0, 0], reward[~fallen].mean(), rtol=1e-3, atol=1e-3)
-    assert model.falls.terminal[0] == -20.0
+    torch.testing.assert_close(model.reward_normalizer.mean[0, 0], reward[~terminated].mean(), rtol=1e-3, atol=1e-3)
+    assert model.terminations.terminal[0] == -20.0
 
 
 def test_statistics_forget_what_the_replay_buffer_no_longer_holds():
@@ -254,7 +254,7 @@ def test_statistics_forget_what_the_replay_buffer_no_longer_holds():
         (model.obs_normalizer.var[0], obs.var(0)),
         (model.changes.var[0], obs.var(0)),
         (model.reward_normalizer.var[0, 0], reward.var()),
-        (model.falls.square[0], reward.square().mean()),
+        (model.terminations.square[0], reward.square().mean()),
     ):
         torch.testing.assert_close(found / wanted, torch.ones_like(found), atol=0.1, rtol=0.0)
 
@@ -262,7 +262,7 @@ def test_statistics_forget_what_the_replay_buffer_no_longer_holds():
 @pytest.mark.parametrize("num_tasks", [1, 2])
 def test_their_memory_is_the_replay_buffers_share_of_a_task(num_tasks):
     model, _ = build(num_tasks, replay_transitions=1000)
-    assert model.obs_normalizer.memory == model.falls.memory == 1000 / num_tasks
+    assert model.obs_normalizer.memory == model.terminations.memory == 1000 / num_tasks
 
 
 def test_the_explained_share_is_a_running_mean_of_tasks_that_were_seen():
@@ -297,7 +297,7 @@ def test_features_are_learnt_in_units_of_what_a_step_changes():
     model = learner.model
     batch = sequences(horizon=1)
     shared = {name: getattr(batch, name) for name in ("obs", "next_obs", "rewards", "terminated", "task")}
-    rollout = SimpleNamespace(lost=~batch.mask, next_obs_valid=batch.next_mask, **shared)
+    rollout = SimpleNamespace(invalid=~batch.mask, next_obs_valid=batch.next_mask, **shared)
 
     def loss(scale):
         noise = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
@@ -346,7 +346,7 @@ def test_masked_steps_contribute_nothing(anchor):
         torch.testing.assert_close(loss, reference[name])
 
 
-def test_the_reward_of_a_fall_is_not_learnt_as_a_reward():
+def test_the_reward_of_a_termination_is_not_learnt_as_a_reward():
     _, learner = build()
     randomise(learner.model)
     batch = sequences()
@@ -393,25 +393,25 @@ def test_the_task_embedding_is_the_policys():
 
 
 @pytest.mark.parametrize("anchor", [True, False])
-def test_training_explains_change_reward_and_falls(anchor):
-    """The price of a fall, many times what actions do to the reward, does not drown that."""
+def test_training_explains_change_reward_and_terminations(anchor):
+    """The price of a termination, many times what actions do to the reward, does not drown that."""
     model, learner = build(anchor=anchor)
     unseen = rollout_of(sequences(1000, 1, seed=1))
     for i in range(5):
         losses = learner.train(Replay(), rollout_of(sequences(1000, 1, seed=i + 10)), 20)
     quality = learner.measure(unseen)
     assert losses["model_steps"] == 150
-    assert quality["model/skill"] > (0.9 if anchor else 0.5)
+    assert quality["model/dynamics_r2"] > (0.9 if anchor else 0.5)
     assert quality["model/reward_ev"] > 0.7
-    assert quality["model/fall_probability"] > 0.5
+    assert quality["model/termination_probability"] > 0.5
     obs, task = unseen.obs["policy"][:, 0], unseen.task[:, 0]
     with torch.no_grad():
         z, reward, alive = model.step(model.encode(obs, task), unseen.actions[:, 0], task)
     distance = unseen.next_obs["policy"][:, 0].abs().amax(-1)
-    sure, fallen = (distance - 1.0).abs() > 0.4, distance > 1.0
-    assert ((alive < 0.5) == fallen)[sure].float().mean() > 0.95
-    assert (reward[sure & fallen] + 20.0).abs().median() < 3.0
-    assert reward[sure & ~fallen].median() > -3.0
+    sure, terminated = (distance - 1.0).abs() > 0.4, distance > 1.0
+    assert ((alive < 0.5) == terminated)[sure].float().mean() > 0.95
+    assert (reward[sure & terminated] + 20.0).abs().median() < 3.0
+    assert reward[sure & ~terminated].median() > -3.0
     if anchor:
         off = model.observation(z) - unseen.next_obs["policy"][:, 0]
         assert off.square().mean() < 0.1 * (unseen.next_obs["policy"][:, 0] - obs).square().mean()
@@ -439,12 +439,12 @@ def test_without_steps_nothing_is_trained():
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
-def test_lost_steps_reach_neither_statistics_nor_measurements():
+def test_invalid_steps_reach_neither_statistics_nor_measurements():
     results = []
     for poison in (0.0, 50.0):
         model, learner = build()
         rollout = rollout_of(sequences(200, 1))
-        rollout.lost[:20] = True
+        rollout.invalid[:20] = True
         for field in (rollout.obs["policy"], rollout.next_obs["policy"], rollout.rewards, rollout.actions):
             field[:20] = poison
         learner._update_statistics(rollout)

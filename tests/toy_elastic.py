@@ -15,7 +15,7 @@ from toy_env import PointEnv, runner_cfg
 
 from m3po import distributed
 from m3po.cli.train import learn
-from m3po.elastic import Launch
+from m3po.elastic import ElasticRun
 from m3po.runners import M3PORunner
 
 ITERATIONS, NUM_STEPS = 8, 8
@@ -44,11 +44,11 @@ def main(folder: str, victim: str, iteration: str) -> None:
     """As the commands do it."""
     with distributed.group(True, "cpu"):
         torch.manual_seed(distributed.rank())
-        launch = Launch(Path(folder), lambda: create(Path(folder)))
+        elastic_run = ElasticRun(Path(folder), lambda: create(Path(folder)))
         env = Fragile(8, seed=distributed.rank())
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and distributed.rank() == int(victim):
             env.last_step = int(iteration) * NUM_STEPS + 3
-        runner = M3PORunner(env, runner_cfg(), str(launch.run_dir), device="cpu")
+        runner = M3PORunner(env, runner_cfg(), str(elastic_run.run_dir), device="cpu")
         begin = runner.learn
         runner.learn = lambda *args: (
             print(
@@ -56,8 +56,8 @@ def main(folder: str, victim: str, iteration: str) -> None:
             ),
             begin(*args),
         )
-        learn(runner, launch.run_dir, ITERATIONS, launch.checkpoint, False)
-        launch.finish()
+        learn(runner, elastic_run.run_dir, ITERATIONS, elastic_run.checkpoint, False)
+        elastic_run.finish()
 
 
 if __name__ == "__main__":

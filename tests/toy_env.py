@@ -1,4 +1,4 @@
-"""A fast, deterministic environment in plain torch: a point to be pushed to the origin, with falls and time-outs."""
+"""A fast, deterministic environment in plain torch: a point to be pushed to the origin, with every kind of end."""
 
 from __future__ import annotations
 

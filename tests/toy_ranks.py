@@ -24,8 +24,8 @@ from rsl_rl.runners import OnPolicyRunner
 from toy_env import PointEnv, runner_cfg
 
 from m3po import distributed
-from m3po.cli.suite_job import with_absent
-from m3po.envs.multi_task import Member, MultiTaskVecEnv
+from m3po.cli.suite_job import with_empty
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv
 from m3po.envs.suite import TaskInfo
 from m3po.runners import M3PORunner
 from m3po.storage import ReplayBuffer, Sequences
@@ -67,7 +67,7 @@ def share_noise(num_envs: int, first: int) -> None:
 def config() -> dict[str, Any]:
     """Plans everywhere, has a bonus and normalisers, and takes all data at once."""
     # Every candidate is an elite: which of two equal ones is chosen, the rounding of sums would decide.
-    planner = {"share": 1.0, "num_samples": 16, "num_elites": 16, "full_gain": 0.01, "num_states": 0}
+    planner = {"planned_fraction": 1.0, "num_samples": 16, "num_elites": 16, "full_gain": 0.01, "num_states": 0}
     cfg = runner_cfg(
         planner=planner,
         world_model={"steps_per_iteration": 20},
@@ -83,13 +83,13 @@ def config() -> dict[str, Any]:
 def two_tasks(num_envs: int, first: int) -> VecEnv:
     """Two tasks of half of the environments each: a process has both or one of them."""
     half = TOTAL // 2
-    members = [
-        Member(name, SharedPoint(half, start, edge))
+    task_envs = [
+        TaskEnv(name, SharedPoint(half, start, edge))
         for name, start, edge in (("wide", 0, 1.6), ("narrow", half, 1.1))
         if first <= start < first + num_envs
     ]
     infos = [TaskInfo(name, None, None, 20) for name in ("wide", "narrow")]
-    return MultiTaskVecEnv(with_absent(members, infos, "cpu"), "cpu")
+    return MultiTaskVecEnv(with_empty(task_envs, infos, "cpu"), "cpu")
 
 
 def newest(replay: ReplayBuffer, horizon: int) -> Sequences:
@@ -153,7 +153,7 @@ def resumed(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
         torch.manual_seed(rank)
         (folder / name).mkdir(exist_ok=True)
         for k, iterations in enumerate(parts):
-            cfg = runner_cfg(planner={"share": 0.5})
+            cfg = runner_cfg(planner={"planned_fraction": 0.5})
             run = M3PORunner(PointEnv(16, seed=rank), cfg, str(folder / name))
             if k > 0:
                 torch.manual_seed(99)

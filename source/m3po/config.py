@@ -7,18 +7,19 @@ and which sizes a GPU changes. Isaac Lab's configclasses are thin mirrors of the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-QUARANTINE_SHARE = 0.5
-"""Default of ``agent.quarantine_share``: a run stops, with a checkpoint, when more than this share of its environments
-gave values that are not finite within one rollout. In [0, 1]; 1 never stops it."""
+MAX_NAN_FRACTION = 0.5
+"""Default of ``agent.max_nan_fraction``: a run stops, with a checkpoint, when more than this fraction of its
+environments gave values that are not finite within one rollout. In [0, 1]; 1 never stops it."""
 
 
-def check_quarantine_share(share: float) -> None:
-    """Raise ``ValueError`` unless ``quarantine_share`` is a share."""
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"quarantine_share must lie in [0, 1], got {share}.")
+def check_max_nan_fraction(fraction: float) -> None:
+    """Raise ``ValueError`` unless ``max_nan_fraction`` is a fraction."""
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"max_nan_fraction must lie in [0, 1], got {fraction}.")
 
 
 @dataclass
@@ -72,14 +73,14 @@ class PlannerCfg:
     """Trust region of plans that are learnt from: their mean KL to the policy, nats. 0: none are made."""
 
     full_gain: float = 0.015
-    """Plans go as far as their trust region allows where real advantages rise along them by this much, in deviations of
-    the advantage per deviation of the action. Below that they are proportionally shorter."""
+    """Plans go as far as their trust region allows where real advantages rise along them by this much, in stds of the
+    advantage per std of the action. Below that they are proportionally shorter."""
 
     num_states: int = 4096
     """Observations that are planned at while learning: the rollout's, and up to three times as many stored ones."""
 
-    share: float = 0.25
-    """Largest share of the environments that act by a plan, in [0, 1]; which ones rotates with every rollout."""
+    planned_fraction: float = 0.25
+    """Largest fraction of the environments that act by a plan, in [0, 1]; which ones rotates with every rollout."""
 
     max_acting_kl: float = 0.3
     """Trust region of plans that are acted on: ``KL(beta||pi)``, nats."""
@@ -248,13 +249,16 @@ REMOVED = {
         ),
         **dict.fromkeys(("encoder_lr_scale", "max_grad_norm"), "learning_rate and agent.algorithm.max_grad_norm"),
         "value_target": "nothing: V(z) follows the critic",
-        **dict.fromkeys(("balance_terminations", "terminal_reward"), "nothing: falls have a reward of their own"),
+        **dict.fromkeys(
+            ("balance_terminations", "terminal_reward"), "nothing: terminations have a reward of their own"
+        ),
     },
     "PlannerCfg": {
+        "share": "planned_fraction",
         "num_prior_samples": "num_policy_samples",
         "max_kl": "max_acting_kl (plans that are acted on) and max_learning_kl (plans that are learnt from)",
         **dict.fromkeys(("max_noise", "min_std", "chunk_rows"), "nothing: it is a constant"),
-        **dict.fromkeys(("stages", "min_skill", "min_reward_ev"), "nothing: the share follows the realised gain"),
+        **dict.fromkeys(("stages", "min_skill", "min_reward_ev"), "nothing: the fraction follows the realised gain"),
         "epilogues": "nothing",
         "learning_rate": "nothing: the step size follows what the policy can follow",
     },
@@ -268,6 +272,9 @@ REMOVED = {
 }
 """Fields of earlier versions, and what replaces them."""
 
+REMOVED_FROM_RUNNER = {"quarantine_share": "max_nan_fraction"}
+"""The same of a runner's configuration."""
+
 
 def replacement(cls_name: str, field_name: str) -> str:
     """What replaced a field of an earlier version, as the end of a message; empty for a name that never was one.
@@ -276,8 +283,15 @@ def replacement(cls_name: str, field_name: str) -> str:
         cls_name: Name of the configuration class.
         field_name: The unknown field.
     """
-    found = REMOVED.get(cls_name.removeprefix("M3PO"), {}).get(field_name)
+    sections = REMOVED | {"RunnerCfg": REMOVED_FROM_RUNNER}
+    found = sections.get(cls_name.removeprefix("M3PO"), {}).get(field_name)
     return "" if found is None else f" '{field_name}' was removed; it is replaced by {found}."
+
+
+def check_runner_fields(cfg: Iterable[str]) -> None:
+    """Raise ``ValueError`` if a runner configuration has a field of an earlier version."""
+    if hints := "".join(replacement("RunnerCfg", name) for name in cfg):
+        raise ValueError(f"the runner configuration has fields of an earlier version.{hints}")
 
 
 def from_dict(cls: Any, values: dict[str, Any]) -> Any:

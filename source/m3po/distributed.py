@@ -21,7 +21,7 @@ from torch import distributed
 
 from m3po.errors import UserError
 
-LAUNCH = "./isaaclab.sh -p -m torch.distributed.run --nproc_per_node N scripts/train.py ... --distributed"
+TORCHRUN_HELP = "./isaaclab.sh -p -m torch.distributed.run --nproc_per_node N scripts/train.py ... --distributed"
 """How several processes are started, for messages."""
 
 
@@ -66,7 +66,7 @@ def check_start(wanted: bool) -> None:
         UserError: If processes were started that would not be connected, none were that could be, or rsl_rl is too old.
     """
     if wanted and "WORLD_SIZE" not in os.environ:
-        raise UserError(f"--distributed connects the processes that torchrun starts: {LAUNCH}")
+        raise UserError(f"--distributed connects the processes that torchrun starts: {TORCHRUN_HELP}")
     if wanted and (version := importlib.metadata.version("rsl-rl-lib")).startswith("5.4."):
         raise UserError(f"--distributed needs rsl-rl-lib 5.5: the normalisers of {version} know one process alone.")
     if not wanted and (count := started_by_torchrun()) > 1:

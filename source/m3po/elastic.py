@@ -21,7 +21,7 @@ from m3po.manifest import write_json
 from m3po.runners.checkpoint import LAST, numbered, read_newest
 
 
-class Launch:
+class ElasticRun:
     """All attempts of a training. The first process decides, all of them know; a process of its own has one attempt."""
 
     def __init__(self, experiment_dir: Path, create_run_dir: Callable[[], Path]) -> None:

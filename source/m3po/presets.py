@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from m3po.config import (
-    QUARANTINE_SHARE,
+    MAX_NAN_FRACTION,
     AlgorithmCfg,
     BonusCfg,
     CriticReplayCfg,
@@ -47,7 +47,7 @@ def paper() -> AlgorithmCfg:
             average_horizons=False,
             max_learning_kl=0.0,
             max_acting_kl=math.inf,
-            share=1.0,
+            planned_fraction=1.0,
             execution="mppi",
             temperature=0.5,
             num_samples=32,
@@ -113,7 +113,7 @@ def describe(algorithm: AlgorithmCfg, mode: str, device: str) -> str:
         f"[m3po] preset: {mode}, {device} (latent: {' and '.join(parts)}, width at most {model.width}; "
         f"{model.steps_per_iteration} model and {critic.steps_per_iteration} critic steps per rollout)\n"
         f"[m3po] planner: while {where}, horizon {planner.horizon}, {planner.num_samples} candidates x {iterations}, "
-        f"at most {planner.share:.0%} of the environments\n"
+        f"at most {planner.planned_fraction:.0%} of the environments\n"
         f"[m3po] planner's arithmetic: {planner.kernels} kernels, {planner.precision}"
         f"{', one CUDA graph' if planner.cuda_graph else ''}"
     )
@@ -166,7 +166,7 @@ def suite_runner_cfg(multi_task: bool, device: str, mode: str, algo: str = "m3po
         "max_iterations": 500 if mode == "default" else 250,
         "save_interval": 50,
         "check_for_nan": True,
-        "quarantine_share": QUARANTINE_SHARE,
+        "max_nan_fraction": MAX_NAN_FRACTION,
         "obs_groups": copy.deepcopy(PLAIN_GROUPS),
         "actor": {**network, "distribution_cfg": noise},
         "critic": dict(network),

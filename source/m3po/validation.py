@@ -98,7 +98,10 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
         require(value > 0, f"{name} must be positive, got {value}.")
     require(model.features % 8 == 0, f"world_model.features must be a multiple of 8, got {model.features}.")
     require(model.anchor or model.features > 0, "world_model.features must be positive without the anchor, got 0.")
-    require(0.0 <= planner.share <= 1.0, f"planner.share must lie in [0, 1], got {planner.share}.")
+    require(
+        0.0 <= planner.planned_fraction <= 1.0,
+        f"planner.planned_fraction must lie in [0, 1], got {planner.planned_fraction}.",
+    )
     fewest = 4 + planner.num_policy_samples
     require(
         planner.num_samples >= fewest or planner.num_iterations == 0,
@@ -116,7 +119,11 @@ def validate(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str = "cp
     )
     if model.steps_per_iteration == 0:
         learning_kl = ("planner.max_learning_kl", planner.max_learning_kl)
-        for name, value in (learning_kl, ("planner.share", planner.share), ("bonus.size", bonus.size)):
+        for name, value in (
+            learning_kl,
+            ("planner.planned_fraction", planner.planned_fraction),
+            ("bonus.size", bonus.size),
+        ):
             message = f"{name} is {value}, but the world model that it needs is not trained: set, for example, "
             require(value == 0, f"{message}world_model.steps_per_iteration=40.")
     require(

@@ -19,7 +19,7 @@ import torch
 from isaaclab.utils import configclass
 from isaaclab_rl.rsl_rl import RslRlOnPolicyRunnerCfg
 
-from m3po.config import COMPONENTS, QUARANTINE_SHARE, AlgorithmCfg, from_dict
+from m3po.config import COMPONENTS, MAX_NAN_FRACTION, AlgorithmCfg, from_dict
 from m3po.errors import UserError
 from m3po.presets import FIRST_STD, MODES, describe, sized
 
@@ -104,8 +104,8 @@ class M3PORunnerCfg(RslRlOnPolicyRunnerCfg):
     algorithm: M3POAlgorithmCfg = M3POAlgorithmCfg()  # ty: ignore[invalid-type-form]  # a class made at run time
     """The algorithm's configuration."""
 
-    quarantine_share: float = QUARANTINE_SHARE
-    """Share of the environments that may give values that are not finite within one rollout before the run stops."""
+    max_nan_fraction: float = MAX_NAN_FRACTION
+    """Fraction of the environments that may give values that are not finite within one rollout before the run stops."""
 
 
 def set_device(device: str) -> None:

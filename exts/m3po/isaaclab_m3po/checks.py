@@ -89,7 +89,7 @@ def ignored_settings(agent_cfg: Any, task_agent_cfg: Any) -> list[str]:
 def check_sizes(agent_cfg: Any, algo: str, num_envs: int, device: str) -> None:
     """Check the rollout and mini-batch sizes of both algorithms, and all fields of M3PO's configuration."""
     from m3po.algorithms.construction import check_cfg
-    from m3po.config import QUARANTINE_SHARE, AlgorithmCfg
+    from m3po.config import MAX_NAN_FRACTION, AlgorithmCfg
 
     from . import agents
 
@@ -98,7 +98,7 @@ def check_sizes(agent_cfg: Any, algo: str, num_envs: int, device: str) -> None:
     else:
         ppo = agent_cfg.algorithm
         cfg = AlgorithmCfg(num_learning_epochs=ppo.num_learning_epochs, num_mini_batches=ppo.num_mini_batches)
-    share = getattr(agent_cfg, "quarantine_share", QUARANTINE_SHARE)  # rsl_rl's own agents do not have it
-    check_cfg(cfg, num_envs, agent_cfg.num_steps_per_env, device, share=share)
+    max_nan = getattr(agent_cfg, "max_nan_fraction", MAX_NAN_FRACTION)  # rsl_rl's own agents do not have it
+    check_cfg(cfg, num_envs, agent_cfg.num_steps_per_env, device, max_nan=max_nan)
     if agent_cfg.max_iterations < 1 or agent_cfg.save_interval < 1:
         raise UserError("max_iterations and save_interval must be at least 1.")

@@ -65,7 +65,7 @@ class IsaacLabSuite:
 
     def job(self) -> type[Job]:
         """What a command line for a single task becomes."""
-        from .launch import IsaacJob
+        from .isaac_job import IsaacJob
 
         return IsaacJob
 

@@ -1,4 +1,4 @@
-"""Isaac Lab's environments behind rsl_rl's interface, with what resuming and the quarantine ask for besides."""
+"""Isaac Lab's environments behind rsl_rl's interface, with what resuming and the NaN guard ask for besides."""
 
 from __future__ import annotations
 

@@ -55,11 +55,11 @@ class AdvantageEstimator:
 
     def learn_units(self, st: RolloutStorage) -> None:
         """Cut wild rewards of a finished rollout, and take its rewards into the units."""
-        kept = ~st.lost.flatten()
+        kept = ~st.invalid.flatten()
         bounded = self.rewards.bounded(st.rewards.flatten(), st.task.flatten()).view(st.rewards.shape)
-        self.cut_rewards = int((bounded != st.rewards).logical_and_(~st.lost).sum())
+        self.cut_rewards = int((bounded != st.rewards).logical_and_(~st.invalid).sum())
         if self.cut_rewards > 0:
-            row = (st.rewards - bounded).abs().mul_(~st.lost).argmax()
+            row = (st.rewards - bounded).abs().mul_(~st.invalid).argmax()
             was, now = st.rewards.flatten()[row].item(), bounded.flatten()[row].item()
             self._tell_once(
                 "rewards", f"a reward of {was:g} is far beyond the usual, so {now:g} is learnt from instead"
@@ -79,22 +79,22 @@ class AdvantageEstimator:
         """
         cfg = self.cfg
         st.values.copy_(self.values_of(st.obs, st.task))
-        if st.any_lost:
-            st.values.masked_fill_(st.lost & ~st.values.isfinite(), 0.0)
+        if st.any_invalid:
+            st.values.masked_fill_(st.invalid & ~st.values.isfinite(), 0.0)
         st.next_values[:-1].copy_(st.values[1:])
         ends = st.dones & ~st.terminated
         ends[-1] = ~st.terminated[-1]
         self.bootstrap(st.next_values, ends, vars(st))
-        if st.any_lost:
+        if st.any_invalid:
             # A step that never took place must not reach the steps before it: its temporal difference is 0.
-            st.next_values[st.lost] = ((st.values - st.rewards) / self.tasks.discounts[st.task])[st.lost]
+            st.next_values[st.invalid] = ((st.values - st.rewards) / self.tasks.discounts[st.task])[st.invalid]
         episode = (st.rewards, st.values, st.next_values, st.terminated, st.dones)
         if cfg.advantage == "gae":
             returns, advantages = gae(*episode, self.gamma, cfg.lam)
         else:
             returns, advantages = vtrace(*episode, st.log_pi - st.log_beta, self.gamma, cfg.lam)
         st.returns.copy_(returns)
-        std = self.standardise(advantages, ~st.lost, st.task)
+        std = self.standardise(advantages, ~st.invalid, st.task)
         st.advantages.copy_(advantages)
         return std
 

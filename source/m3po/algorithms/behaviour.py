@@ -15,7 +15,7 @@ from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.algorithms.tasks import Tasks
 from m3po.config import PlannerCfg
 from m3po.models.task_policy import task_of
-from m3po.planning import MPPIPlanner, Objective, Plan, Start
+from m3po.planning import MPPIPlanner, Objective, Plan, PlanInputs
 from m3po.planning.mppi import MAX_NOISE
 from m3po.planning.trust_region import draw_elite, gaussian_log_prob
 from m3po.text import listed
@@ -86,7 +86,7 @@ class Behaviour:
 
         Where that share is an environment or more, any part of it is at least one: it goes on measuring.
         """
-        most = [self.cfg.share * len(rows) for rows in self._rows]
+        most = [self.cfg.planned_fraction * len(rows) for rows in self._rows]
         pairs = zip(part.tolist(), most, strict=True)
         self._count = [max(round(p * m), min(1, round(m))) if p > 0.0 else 0 for p, m in pairs]
         chosen = []
@@ -152,7 +152,7 @@ class Behaviour:
             shift = self.objective.gradient(z, mu, sigma, task) * mask / self.gates.gradient_size[task].unsqueeze(-1)
             shift = shift * radius / shift.norm(dim=-1, keepdim=True).clamp_min(1.0)
             shift = shift * self.gates.trust(self.cfg.full_gain)[task].unsqueeze(-1)
-        return _usable(self.planner.plan(Start(z, mu, sigma, shift, task, env_ids, step, mask)), mu, sigma)
+        return _usable(self.planner.plan(PlanInputs(z, mu, sigma, shift, task, env_ids, step, mask)), mu, sigma)
 
     def read_fallbacks(self) -> float:
         """Share of the plans since the last call that were not finite and gave way to the policy; names them if any."""
@@ -180,7 +180,7 @@ class Behaviour:
         self._first = list(state["first_planned"])
         self.step.fill_(state["step"])
         counts = zip(state["num_planned"], self._rows, strict=True)
-        most = [max(1.0, self.cfg.share * len(rows)) for rows in self._rows]
+        most = [max(1.0, self.cfg.planned_fraction * len(rows)) for rows in self._rows]
         self._choose(torch.tensor([count / m for (count, _), m in zip(counts, most, strict=True)]))
 
     def planner_policy(self, actor: MLPModel) -> Callable[[TensorDict], torch.Tensor]:

@@ -28,13 +28,13 @@ def behaviour_metrics(rollout: RolloutStorage, units: torch.Tensor, num_tasks: i
         kl = 0.5 * ((st.plan_mean - st.mean) / st.std).square().sum(-1)
     else:
         kl = st.log_beta - st.log_pi
-    value_ev = explained_variance(st.values / units, st.returns / units, ~st.lost, st.task, num_tasks)
-    realised, planned_steps = gain_of_plans(st.advantages, planned, st.lost, st.task, num_tasks)
+    value_ev = explained_variance(st.values / units, st.returns / units, ~st.invalid, st.task, num_tasks)
+    realised, planned_steps = gain_of_plans(st.advantages, planned, st.invalid, st.task, num_tasks)
     parts = (torch.ones_like(rho), planned, kl * planned, st.plan_gain * planned, (st.plan_gain > 0) & planned)
     sums = distributed.total(torch.stack([x.sum().to(rho) for x in (*parts, rho, rho.square())])).tolist()
     samples, count, kl_sum, gain, accepted, rho_sum, rho_squares = sums
     return {
-        "planner/share": count / samples,
+        "planner/planned_fraction": count / samples,
         "planner/kl": kl_sum / max(1, count),
         "planner/gain": gain / max(1, count),
         "planner/accepted": accepted / max(1, count),
@@ -45,21 +45,21 @@ def behaviour_metrics(rollout: RolloutStorage, units: torch.Tensor, num_tasks: i
 
 
 def gain_of_plans(
-    advantages: torch.Tensor, planned: torch.Tensor, lost: torch.Tensor, task: torch.Tensor, num_tasks: int
+    advantages: torch.Tensor, planned: torch.Tensor, invalid: torch.Tensor, task: torch.Tensor, num_tasks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean advantage of the planned steps of each task minus that of its others.
 
     Args:
         advantages: Advantages, in stds of the task's, (T, N).
         planned: Whether a plan was acted on, (T, N).
-        lost: Steps that never took place, (T, N).
+        invalid: Steps that never took place, (T, N).
         task: Task ids, (T, N).
         num_tasks: Tasks K.
 
     Returns:
         Gains, (K,), and the planned steps that they were told from, (K,); both 0 where there is nothing to compare.
     """
-    groups = [planned & ~lost, ~planned & ~lost]
+    groups = [planned & ~invalid, ~planned & ~invalid]
     steps, others = (count_per_task(group, task, num_tasks) for group in groups)
     acted, sampled = (mean_per_task(advantages, group, task, num_tasks) for group in groups)
     both = (steps > 0) & (others > 0)

@@ -76,7 +76,7 @@ class ExplorationBonus:
             return metrics
         gaps = self.gaps(st, advantage_std)
         # A model whose predictions are not finite must not reach the policy.
-        valid = (st.next_obs_valid & ~st.lost).flatten() & gaps.isfinite().all(-1)
+        valid = (st.next_obs_valid & ~st.invalid).flatten() & gaps.isfinite().all(-1)
         gaps = torch.where(valid.unsqueeze(-1), gaps, 0.0)
         advantages = st.advantages.flatten()
         if self.cfg.literal:
@@ -102,7 +102,7 @@ class ExplorationBonus:
     def gaps(self, st: RolloutStorage, advantage_std: torch.Tensor) -> torch.Tensor:
         """Equations (4)-(6), ``eps = abs(Q_mf - Q_mb)`` in stds of the advantage, and the gaps of the functions.
 
-        The true continuation mask stands on both sides; otherwise every fall would earn about ``gamma * abs(V)``.
+        The true continuation mask stands on both sides; otherwise each termination would earn about ``gamma abs(V)``.
 
         Returns:
             Gaps, (B, 1 + F).
@@ -113,12 +113,12 @@ class ExplorationBonus:
         obs, next_obs = st.obs.flatten(0, 1), st.next_obs.flatten(0, 1)
         z, target = objective.encode(obs, task), objective.encode(next_obs, task)
         predicted, reward, _ = model.step(z, st.actions.flatten(0, 1), task)
-        reward = torch.where(st.terminated.flatten(), model.falls.terminal[task], reward)
+        reward = torch.where(st.terminated.flatten(), model.terminations.terminal[task], reward)
         q_mf = st.rewards.flatten() + gamma * alive * objective.value(target, task)
         q_mb = reward + gamma * alive * objective.value(predicted, task)
         off = target - predicted
         if model.anchor_dim:
-            x = off[:, : model.anchor_dim] * (model.own_dims / model.changes.deviation())[task]
+            x = off[:, : model.anchor_dim] * (model.own_dims / model.changes.stds())[task]
             off = torch.cat([x, off[:, model.anchor_dim :]], dim=-1)
         return torch.cat([((q_mf - q_mb) / advantage_std[task]).unsqueeze(-1), off @ self.functions], dim=-1).abs()
 
@@ -136,8 +136,8 @@ class ExplorationBonus:
 
     def _measure_rewarded(self, replay: ReplayBuffer) -> None:
         """Share of the environments' newest trajectories with any reward other than 0."""
-        steps = replay.latest(TRAJECTORY, ("rewards", "lost", "task"))
-        any_reward = ((steps["rewards"] != 0.0) & ~steps["lost"]).any(0)
+        steps = replay.latest(TRAJECTORY, ("rewards", "invalid", "task"))
+        any_reward = ((steps["rewards"] != 0.0) & ~steps["invalid"]).any(0)
         task = steps["task"][-1]
         everyone, dtype = torch.ones_like(any_reward), steps["rewards"].dtype
         seen = mean_per_task(everyone.to(dtype), everyone, task, self.tasks.count) > 0

@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from m3po.algorithms.tasks import Tasks
-from m3po.config import QUARANTINE_SHARE, AlgorithmCfg, check_quarantine_share, from_dict
+from m3po.config import MAX_NAN_FRACTION, AlgorithmCfg, check_max_nan_fraction, from_dict
 from m3po.envs.final_observations import ask_for_final_observations
 from m3po.errors import UserError
 from m3po.models import WorldModel
@@ -37,10 +37,10 @@ def parse_algorithm_cfg(values: dict[str, Any]) -> AlgorithmCfg:
         raise UserError(str(error)) from error
 
 
-def check_cfg(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str, share: float = QUARANTINE_SHARE) -> None:
-    """Check the configuration and the runner's share; what is wrong is a ``UserError``."""
+def check_cfg(cfg: AlgorithmCfg, num_envs: int, num_steps: int, device: str, max_nan: float = MAX_NAN_FRACTION) -> None:
+    """Check the configuration and the runner's ``max_nan_fraction``; what is wrong is a ``UserError``."""
     try:
-        check_quarantine_share(share)
+        check_max_nan_fraction(max_nan)
         validate(cfg, num_envs, num_steps, device)
     except ValueError as error:
         raise UserError(str(error)) from error

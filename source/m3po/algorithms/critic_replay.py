@@ -2,7 +2,7 @@
 
 PPO's critic learns from one short rollout at a time, so that what it is told reaches back no further than that. The
 replay buffer holds the last rollouts of each environment, which are one long trajectory. Lambda-returns along it, with
-the values of the critic of now, are targets that look many steps ahead. They are not corrected for the policies in
+the values of the current critic, are targets that look many steps ahead. They are not corrected for the policies in
 between, which differ by little more than an update each.
 """
 
@@ -72,9 +72,9 @@ class CriticReplay:
         if self.num_steps == 0:
             return {}
         targets = (steps["returns"] / self.estimator.units(steps["task"])).flatten()
-        lost = steps["lost"].flatten()
-        # Several processes step together: one that lost everything takes part, the target of a lost step is its value.
-        kept = (~lost | lost.all()).nonzero().squeeze(-1)
+        invalid = steps["invalid"].flatten()
+        # Several processes step together: one with nothing but invalid steps takes part, their target is the value.
+        kept = (~invalid | invalid.all()).nonzero().squeeze(-1)
         obs, total = steps["obs"].flatten(0, 1), torch.zeros((), device=targets.device)
         self.guard.begin()
         for _ in range(self.num_steps):
@@ -87,7 +87,7 @@ class CriticReplay:
 
     @torch.no_grad()
     def returns(self, steps: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lambda-returns and advantages along trajectories, with the values of the critic of now.
+        """Lambda-returns and advantages along trajectories, with the values of the current critic.
 
         Args:
             steps: Fields of the replay buffer in order of time, as :meth:`~m3po.storage.ReplayBuffer.latest` gives
@@ -97,15 +97,15 @@ class CriticReplay:
             Returns and advantages in reward units, (T, N) each. The return of a step that never took place is the
             critic's own value.
         """
-        lost, dones, terminated = steps["lost"], steps["dones"], steps["terminated"]
+        invalid, dones, terminated = steps["invalid"], steps["dones"], steps["terminated"]
         values = self.estimator.values_of(steps["obs"], steps["task"])
-        values.masked_fill_(lost & ~values.isfinite(), 0.0)  # masks multiply below, and NaN stays
+        values.masked_fill_(invalid & ~values.isfinite(), 0.0)  # masks multiply below, and NaN stays
         next_values = torch.empty_like(values)
         next_values[:-1] = values[1:]
-        ends = (dones & ~terminated) | lost
+        ends = (dones & ~terminated) | invalid
         ends[-1] = ~terminated[-1]
         self.estimator.bootstrap(next_values, ends, steps)
-        rewards = torch.where(lost, values, steps["rewards"])  # no temporal difference there
-        next_values.masked_fill_(lost, 0.0)
-        terminated, dones = terminated | lost, dones | lost
+        rewards = torch.where(invalid, values, steps["rewards"])  # no temporal difference there
+        next_values.masked_fill_(invalid, 0.0)
+        terminated, dones = terminated | invalid, dones | invalid
         return gae(rewards, values, next_values, terminated, dones, self.estimator.gamma, LAMBDA)

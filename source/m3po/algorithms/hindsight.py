@@ -40,7 +40,7 @@ class Judged:
     planned: torch.Tensor
     """Whether a plan was acted on, (T, N)."""
 
-    lost: torch.Tensor
+    invalid: torch.Tensor
     """Steps that never took place, (T, N)."""
 
     task: torch.Tensor
@@ -75,13 +75,13 @@ class Hindsight:
             The rollout, ``None`` while there is none.
         """
         later = max(0, min(LATER, self.horizon - num_steps))
-        end = len(steps["lost"]) - later
+        end = len(steps["invalid"]) - later
         if end <= 0:
             return None
-        fields = {name: steps[name] for name in ("advantages", "planned", "lost", "task")}
+        fields = {name: steps[name] for name in ("advantages", "planned", "invalid", "task")}
         fields["along"] = steps["notes"][..., : len(DIRECTIONS)]
         judged = Judged(**{name: field[max(0, end - num_steps) : end].clone() for name, field in fields.items()})
-        self.estimator.standardise(judged.advantages, ~judged.lost, judged.task)
+        self.estimator.standardise(judged.advantages, ~judged.invalid, judged.task)
         return judged
 
     def measure(self, judged: Judged | None) -> dict[str, float]:
@@ -95,14 +95,14 @@ class Hindsight:
             return dict.fromkeys(names, 0.0)
         task, count, gates = judged.task, len(self.gates.gain), self.gates
         rises = (judged.along * judged.advantages.unsqueeze(-1)).flatten(0, 1)
-        gain, ppo, plan = mean_per_task(rises, ~judged.lost.flatten(), task.flatten(), count).unbind(-1)
-        steps = count_per_task(~judged.lost, task, count)
+        gain, ppo, plan = mean_per_task(rises, ~judged.invalid.flatten(), task.flatten(), count).unbind(-1)
+        steps = count_per_task(~judged.invalid, task, count)
         gates.update_gain(gain, steps)
         if self.measured:
             for part, slope in (("ppo", ppo), ("plan", plan)):
                 went = judged.along[..., DIRECTIONS.index(part)] != 0.0  # else there was no such part
-                gates.update_budget(part, slope, count_per_task(went & ~judged.lost, task, count))
-        lasting, planned = gain_of_plans(judged.advantages, judged.planned, judged.lost, task, count)
+                gates.update_budget(part, slope, count_per_task(went & ~judged.invalid, task, count))
+        lasting, planned = gain_of_plans(judged.advantages, judged.planned, judged.invalid, task, count)
         gates.update_realised(lasting, planned)
         found = [x.mean().item() for x in (gain, ppo, plan)] + [lasting.sum().item() / max(1, int((planned > 0).sum()))]
         return dict(zip(names, found, strict=True))

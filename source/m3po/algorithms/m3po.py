@@ -133,7 +133,7 @@ class M3PO(CheckpointParts):
             dones: Ends of episodes, (N,).
             extras: ``time_outs`` (N,) marks truncations, without it every end is a termination; ``final_obs`` holds
                 the observations before a reset and is stale on rows that were not reset (``final_obs_valid`` (N,):
-                where it is delivered); ``lost`` (N,) marks environments that had to be restarted.
+                where it is delivered); ``invalid`` (N,) marks environments that had to be restarted.
         """
         dones = dones.bool()
         time_outs = extras.get("time_outs")
@@ -147,14 +147,14 @@ class M3PO(CheckpointParts):
                 groups[group] = torch.where(rows, final_obs[group].to(self.device), obs[group])
             next_obs = TensorDict(groups, batch_size=obs.batch_size)
             valid = extras.get("final_obs_valid", torch.ones_like(dones)) | ~dones
-        self.storage.add_outcome(next_obs, valid, rewards, terminated, dones, extras.get("lost"))
+        self.storage.add_outcome(next_obs, valid, rewards, terminated, dones, extras.get("invalid"))
         self.actor.reset(dones)
         self.critic.reset(dones)
 
     def compute_returns(self, obs: TensorDict) -> None:
         """Prepare a finished rollout; its advantages are estimated once, by :meth:`update`. ``obs`` are not needed."""
-        if self.storage.any_lost:
-            self.storage.repair_lost()
+        if self.storage.any_invalid:
+            self.storage.repair_invalid()
         self.estimator.learn_units(self.storage)
 
     # -- update -------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class M3PO(CheckpointParts):
             losses |= self.model_learner.train(replay, st, self.iteration)
         self.behaviour.rotate()
         self.average.update()
-        metrics["policy/clipped_share"] = losses.pop("clipped_share")
+        metrics["policy/clip_fraction"] = losses.pop("clip_fraction")
         self.metrics = metrics | self.gates.metrics() | self._read_guards()
         if self.learns_model:
             self.estimator.predict = self._predicted_value
@@ -199,8 +199,8 @@ class M3PO(CheckpointParts):
 
     def _update_statistics(self) -> None:
         """Normalisers of policy and critic, frozen until here, learn from the rollout."""
-        flat, kept = self.storage.obs.flatten(0, 1), ~self.storage.lost.flatten()
-        if self.storage.any_lost:  # an environment that cannot be reset shows zeros meanwhile
+        flat, kept = self.storage.obs.flatten(0, 1), ~self.storage.invalid.flatten()
+        if self.storage.any_invalid:  # an environment that cannot be reset shows zeros meanwhile
             flat = flat[kept]
         if len(flat) > 0:
             learn_statistics(self.actor, flat, (*self.average.networks, *self.newest_update.earlier.values()))

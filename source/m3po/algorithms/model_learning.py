@@ -126,7 +126,7 @@ class ModelLearner:
     @torch.no_grad()
     def _update_statistics(self, st: RolloutStorage) -> None:
         """What the model's inputs and outputs are measured in, from the steps of a rollout that took place."""
-        kept = ~st.lost.flatten()
+        kept = ~st.invalid.flatten()
         obs, task = st.obs.flatten(0, 1)[kept], st.task.flatten()[kept]
         next_obs = self.objective.vector(st.next_obs.flatten(0, 1))[kept]
         others = (x.flatten()[kept] for x in (st.next_obs_valid, st.rewards, st.terminated))
@@ -146,12 +146,12 @@ class ModelLearner:
         """Quality on a finished rollout that the model has not been trained on, means over the tasks.
 
         Returns:
-            ``skill``: share of the change of the observation, or of the features, that is explained in one step;
-            ``reward_ev``: explained variance of the reward of steps that go on; ``fall_probability``: mean predicted
-            probability of true terminations.
+            ``dynamics_r2``: share of the change of the observation, or of the features, that is explained in one step;
+            ``reward_ev``: explained variance of the reward of steps that go on; ``termination_probability``: mean
+            predicted probability of true terminations.
         """
         model, count, task = self.model, self.tasks.count, st.task.flatten()
-        kept = ~st.lost.flatten()
+        kept = ~st.invalid.flatten()
         obs, next_obs = (self.objective.vector(x.flatten(0, 1)) for x in (st.obs, st.next_obs))
         known = kept & st.next_obs_valid.flatten()
         z = model.encode(obs, task)
@@ -169,8 +169,10 @@ class ModelLearner:
             error, still = (mean_per_task(x.square().mean(-1), known, task, count) for x in pairs)
         rewards, alive = model.reward_targets(st.rewards.flatten(), task), kept & ~st.terminated.flatten()
         quality = {
-            "skill": 1.0 - error / still.clamp_min(1e-12),
+            "dynamics_r2": 1.0 - error / still.clamp_min(1e-12),
             "reward_ev": explained_variance(reward, rewards, alive, task, count),
-            "fall_probability": mean_per_task(torch.sigmoid(logits), kept & st.terminated.flatten(), task, count),
+            "termination_probability": mean_per_task(
+                torch.sigmoid(logits), kept & st.terminated.flatten(), task, count
+            ),
         }
         return {f"model/{name}": value.mean().item() for name, value in quality.items()}

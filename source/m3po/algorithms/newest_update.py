@@ -27,7 +27,7 @@ class NewestUpdate:
         self.known = False
 
     def keep(self, part: str) -> None:
-        """Keep the policy of now, which a part of the update is about to change."""
+        """Keep the current policy, which a part of the update is about to change."""
         self.earlier[part].load_state_dict(self.actor.state_dict())
         self.known = True
 
@@ -43,7 +43,7 @@ class NewestUpdate:
         """
         if not self.known:
             return {f"update/{part}_kl": 0.0 for part in PARTS}
-        task, kept, metrics = st.task.flatten(), ~st.lost.flatten(), {}
+        task, kept, metrics = st.task.flatten(), ~st.invalid.flatten(), {}
         obs, noise, sigma = st.obs.flatten(0, 1), st.noise().flatten(0, 1), st.std.flatten(0, 1)
         after = st.mean.flatten(0, 1), sigma
         for part in reversed(PARTS):

@@ -101,7 +101,7 @@ class PlanLearner:
         """
         if self.cfg.max_learning_kl == 0.0:
             return None, {}
-        count, own, kept = self.tasks.count, st.task.flatten(), ~st.lost.flatten()
+        count, own, kept = self.tasks.count, st.task.flatten(), ~st.invalid.flatten()
         obs, task, real = self._observations(st, replay)
         mean, std = (x.detach() for x in self.policy(obs))
         z = self.objective.encode(obs, task).detach()
@@ -122,17 +122,17 @@ class PlanLearner:
 
     def _observations(self, st: RolloutStorage, replay: ReplayBuffer) -> tuple[TensorDict, torch.Tensor, torch.Tensor]:
         """Observations to plan at, those of the rollout first, their tasks, and which of their steps took place."""
-        found = st.obs.flatten(0, 1), st.task.flatten(), ~st.lost.flatten()
+        found = st.obs.flatten(0, 1), st.task.flatten(), ~st.invalid.flatten()
         rows = len(found[1])
         more = min(3 * rows, self.num_states - rows)
         if more <= 0:
             return found
-        latest = replay.latest(self.stored_steps, ("obs", "task", "lost"))
-        picked = torch.randint(latest["lost"].numel(), (more,), generator=replay.generator, device=found[1].device)
+        latest = replay.latest(self.stored_steps, ("obs", "task", "invalid"))
+        picked = torch.randint(latest["invalid"].numel(), (more,), generator=replay.generator, device=found[1].device)
         stored = {name: field.flatten(0, 1)[picked] for name, field in latest.items()}
         obs, task, real = found
         obs = TensorDict.cat([obs, stored["obs"]])
-        return obs, torch.cat((task, stored["task"])), torch.cat((real, ~stored["lost"]))
+        return obs, torch.cat((task, stored["task"])), torch.cat((real, ~stored["invalid"]))
 
     def regress(self, plans: Plans | None, generator: torch.Generator) -> dict[str, float]:
         """Regress the policy's mean onto plans, from where it is now.

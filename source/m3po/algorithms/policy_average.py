@@ -20,7 +20,7 @@ class PolicyAverage:
     """Exponential moving average of a policy's weights; its statistics are the policy's own."""
 
     def __init__(self, actor: MLPModel, decay: float) -> None:
-        """Start with the weights of now.
+        """Start with the current weights.
 
         Args:
             actor: The policy that learns.

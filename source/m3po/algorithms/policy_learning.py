@@ -109,7 +109,7 @@ class PolicyLearner:
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item() / updates
             if i < cfg.num_mini_batches:
-                sums["clipped_share"] = sums.get("clipped_share", 0.0) + clipped.item() / cfg.num_mini_batches
+                sums["clip_fraction"] = sums.get("clip_fraction", 0.0) + clipped.item() / cfg.num_mini_batches
         return distributed.means(sums, rollout.device, weight=samples)
 
     def _step(self, loss: torch.Tensor, samples: int) -> None:

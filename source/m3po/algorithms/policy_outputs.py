@@ -24,6 +24,6 @@ class PolicyOutputs:
         distribution: Any = actor.distribution  # a policy has one
         if isinstance(distribution, TaskGaussian):
             return actor(obs), distribution.std_of(task_of(obs))
-        # The policy of now, whether it has sampled before or not, as an average of policies never does.
+        # The current policy, whether it has sampled before or not, as an average of policies never does.
         distribution.update(actor.mlp(actor.get_latent(obs)))
         return distribution.params

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from m3po import distributed
-from m3po.late_flag import LateFlag
+from m3po.deferred_flag import DeferredFlag
 
 RESTORE_AFTER = 5
 """Skipped steps in a row after which the last good state is restored."""
@@ -52,7 +52,7 @@ class StepGuard:
         self.scale = 1.0
         """Factor of all learning rates, in (0, 1]."""
         self._device = optimizer.param_groups[0]["params"][0].device
-        self._flag = LateFlag(self._device)
+        self._flag = DeferredFlag(self._device)
         self._skipped = self._restored = self._in_a_row = 0
         self._skips = False
         self.forget()
@@ -139,7 +139,7 @@ class StepGuard:
         self._saved = True
 
     def _restore(self) -> bool:
-        """Go back to the last good state, with the learning rates of now. Returns whether there is one."""
+        """Go back to the last good state, with the current learning rates. Returns whether there is one."""
         many = f"[m3po] {self.label}: {RESTORE_AFTER} gradient steps in a row were not finite"
         if self._good is None:
             print(f"{many}, and there is no good state yet to go back to", flush=True)

@@ -17,7 +17,7 @@ from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
 from m3po.algorithms.tasks import Tasks
-from m3po.config import check_quarantine_share
+from m3po.config import check_max_nan_fraction
 from m3po.errors import UserError
 from m3po.models.class_names import resolve_class
 from m3po.models.task_policy import TaskMLPModel
@@ -61,20 +61,20 @@ class PPO(algorithms.PPO):
         return algorithms.PPO.construct_algorithm(obs, env, cfg | networks, device)
 
 
-def check_ppo_cfg(cfg: Mapping[str, Any], num_envs: int, num_steps: int, share: float) -> None:
+def check_ppo_cfg(cfg: Mapping[str, Any], num_envs: int, num_steps: int, max_nan: float) -> None:
     """Check PPO's fields against the rollout that it will run on, before any simulation starts.
 
     Args:
         cfg: Fields of rsl_rl's PPO.
         num_envs: Environments N.
         num_steps: Steps per rollout T.
-        share: The runner's ``quarantine_share``.
+        max_nan: The runner's ``max_nan_fraction``.
 
     Raises:
         UserError: Names the field, its value and what is allowed.
     """
     try:
-        check_quarantine_share(share)
+        check_max_nan_fraction(max_nan)
     except ValueError as error:
         raise UserError(str(error)) from error
     bounds = {"num_steps_per_env": (1, inf), **BOUNDS, "num_mini_batches": (1, num_envs * num_steps)}

@@ -66,7 +66,8 @@ def _child(node: Any, name: str, where: str) -> Any:
         if not names:
             raise UserError(f"unknown override '{where}.{name}': {where} is a single value without fields.")
         close = difflib.get_close_matches(name, names, n=1)
-        hint = replacement(type(node).__name__, name) or (f" Did you mean '{close[0]}'?" if close else "")
+        kind = "RunnerCfg" if isinstance(node, Mapping) else type(node).__name__
+        hint = replacement(kind, name) or (f" Did you mean '{close[0]}'?" if close else "")
         raise UserError(f"unknown override '{where}.{name}'.{hint} {where} has: {', '.join(names)}.")
     return node[name] if isinstance(node, Mapping) else getattr(node, name)
 

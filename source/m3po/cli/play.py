@@ -216,7 +216,7 @@ def _with_scores(job: Job, result: dict[str, Any]) -> dict[str, Any]:
 def _print(result: dict[str, Any], policy: str, episodes: int) -> None:
     """Print one row per task, and the scores over them."""
     tasks = result["tasks"]
-    print(f"[m3po] {policy}, {episodes} episodes of each task (return: mean +- standard deviation)")
+    print(f"[m3po] {policy}, {episodes} episodes of each task (return: mean +- std)")
     wide = max(len("task"), *map(len, tasks))
     print(f"{'task':<{wide}}{'return':>24}{'length':>9}{'terminated':>12}{'success':>9}{'score':>8}")
     for name, task in tasks.items():

@@ -1,4 +1,4 @@
-"""``scripts/replay_nonfinite.py``: what a quarantine recorded, and the same actions once more in the environment."""
+"""``scripts/replay_nonfinite.py``: what the NaN guard recorded, and the same actions once more in the environment."""
 
 from __future__ import annotations
 

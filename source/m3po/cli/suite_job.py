@@ -21,10 +21,10 @@ from m3po.cli import film
 from m3po.cli.arguments import Parser, check_device, drawn
 from m3po.cli.job import ALGORITHMS, Hook, Job, add_task_arguments
 from m3po.cli.overrides import assign, parse_value
-from m3po.envs.absent import AbsentEnv
+from m3po.envs.empty import EmptyVecEnv
 from m3po.envs.interface import M3POEnv, as_m3po_env
-from m3po.envs.member_process import ProcessMember
-from m3po.envs.multi_task import Member, MultiTaskVecEnv, task_discount
+from m3po.envs.multi_task import MultiTaskVecEnv, TaskEnv, task_discount
+from m3po.envs.subproc_env import SubprocVecEnv
 from m3po.envs.suite import (
     TaskInfo,
     as_context,
@@ -44,7 +44,7 @@ NUM_ENVS = {"cpu": 64, "cuda": 1024}
 """Environments of a task by type of device, unless the command line says otherwise."""
 
 
-def handles(argv: Sequence[str]) -> bool:
+def is_suite_command(argv: Sequence[str]) -> bool:
     """Whether a command line asks for anything but one Isaac Lab task alone, which Isaac Lab's own launcher starts.
 
     A name that no other suite knows may be that of a task which a user's package registers with Isaac Lab.
@@ -64,7 +64,7 @@ def handles(argv: Sequence[str]) -> bool:
 def kind_of_job(argv: Sequence[str]) -> type[Job]:
     """The kind of job that a command line asks for."""
     isaaclab: Any = suites()["isaaclab"]  # has job() besides
-    return SuiteJob if handles(argv) or isaaclab.missing() else isaaclab.job()
+    return SuiteJob if is_suite_command(argv) or isaaclab.missing() else isaaclab.job()
 
 
 def from_order(order: dict[str, Any]) -> Job:
@@ -119,12 +119,12 @@ class SuiteJob(Job):
             key, text = token.split("=", 1)
             assign(train_cfg, key.removeprefix("agent."), parse_value(text), "agent")
         train_cfg["seed"] = drawn(train_cfg["seed"])
-        num_steps, share = train_cfg["num_steps_per_env"], train_cfg["quarantine_share"]
+        num_steps, max_nan = train_cfg["num_steps_per_env"], train_cfg["max_nan_fraction"]
         if args.algo == "ppo":
-            check_ppo_cfg(train_cfg["algorithm"], sum(sizes), num_steps, share)
+            check_ppo_cfg(train_cfg["algorithm"], sum(sizes), num_steps, max_nan)
             train_cfg["algorithm"]["class_name"] = "m3po.baselines.ppo:PPO" if multi_task else "PPO"
         else:
-            check_cfg(train_cfg["algorithm"], sum(sizes), num_steps, device, share=share)
+            check_cfg(train_cfg["algorithm"], sum(sizes), num_steps, device, max_nan=max_nan)
             train_cfg["algorithm"] = dataclasses.asdict(train_cfg["algorithm"]) | {"class_name": "m3po.algorithms:M3PO"}
         return cls(args, overrides, infos, sizes, device, agent, AGENTS[agent], multi_task, train_cfg)
 
@@ -143,7 +143,7 @@ class SuiteJob(Job):
         np.random.seed(seed)
         torch.manual_seed(seed)
         with contextlib.ExitStack() as stack:
-            members: list[Member] = []
+            task_envs: list[TaskEnv] = []
             for k, (info, size) in enumerate(zip(self.infos, sizes, strict=True)):
                 if size == 0:
                     continue
@@ -153,16 +153,16 @@ class SuiteJob(Job):
                     if suite.name == "isaaclab":
                         options["assets"] = self.args.assets
                     log = None if log_dir is None else log_dir / f"member_{info.name}.log"
-                    env: VecEnv = ProcessMember(task, "m3po.envs.suite:make_environments", options, seed + k, log)
+                    env: VecEnv = SubprocVecEnv(task, "m3po.envs.suite:make_environments", options, seed + k, log)
                     stack.callback(env.close)
                 else:
                     env = stack.enter_context(as_context(suite.make(task, size, seed=seed + k, device=self.device)))
                     _check_environments(env, info.name)
-                members.append(Member(info.name, env, info.score_range, info.reports_success))
+                task_envs.append(TaskEnv(info.name, env, info.score_range, info.reports_success))
             if not self.multi_task:
-                yield env.connect() if isinstance(env, ProcessMember) else as_m3po_env(env)
+                yield env.connect() if isinstance(env, SubprocVecEnv) else as_m3po_env(env)
                 return
-            batch = MultiTaskVecEnv(with_absent(members, self.infos, self.device), self.device, restart)
+            batch = MultiTaskVecEnv(with_empty(task_envs, self.infos, self.device), self.device, restart)
             stack.callback(batch.close)  # first, because it tells all processes to stop at once
             yield batch
 
@@ -182,7 +182,7 @@ class SuiteJob(Job):
 
     def films(self, env: VecEnv, path: Path) -> Iterable[contextlib.AbstractContextManager[Hook]]:
         """See :meth:`Job.films`."""
-        batches = [member.env for member in env.members] if isinstance(env, MultiTaskVecEnv) else [env]
+        batches = [task_env.env for task_env in env.task_envs] if isinstance(env, MultiTaskVecEnv) else [env]
         for info, batch in zip(self.infos, batches, strict=True):
             suite: Any = find_task(info.name)[0]  # has camera() besides
             file = path.with_stem(f"{path.stem}_{info.name}") if len(batches) > 1 else path
@@ -267,8 +267,8 @@ def with_groups(train_cfg: dict[str, Any], env: VecEnv) -> dict[str, Any]:
 
     Several tasks share one critic, which reads the group ``policy``; that is said where a task offers another.
     """
-    members = env.members if isinstance(env, MultiTaskVecEnv) else ()
-    offering = [member.name for member in members if "critic" in member.env.get_observations().keys()]  # noqa: SIM118
+    task_envs = env.task_envs if isinstance(env, MultiTaskVecEnv) else ()
+    offering = [each.name for each in task_envs if "critic" in each.env.get_observations().keys()]  # noqa: SIM118
     if offering:
         print(
             f"[m3po] the critic of several tasks does not read the group 'critic' of: {', '.join(offering)}", flush=True
@@ -278,21 +278,21 @@ def with_groups(train_cfg: dict[str, Any], env: VecEnv) -> dict[str, Any]:
     return train_cfg | {"obs_groups": {"actor": ["policy"], "critic": ["critic"]}}
 
 
-def with_absent(members: list[Member], infos: list[TaskInfo], device: str) -> list[Member]:
-    """Members of all tasks in order, those of other processes with no environments."""
-    if min(distributed.collected(len(members))) == len(infos):
-        return members
+def with_empty(task_envs: list[TaskEnv], infos: list[TaskInfo], device: str) -> list[TaskEnv]:
+    """The environments of all tasks in order, those of other processes with no environments."""
+    if min(distributed.collected(len(task_envs))) == len(infos):
+        return task_envs
     sizes = {}
-    for member in members:
-        if isinstance(member.env, ProcessMember):
-            member.env.connect()
-        obs_dim = member.env.get_observations()["policy"].shape[1]
-        sizes[member.name] = (obs_dim, member.env.num_actions, int(member.env.max_episode_length))
+    for task_env in task_envs:
+        if isinstance(task_env.env, SubprocVecEnv):
+            task_env.env.connect()
+        obs_dim = task_env.env.get_observations()["policy"].shape[1]
+        sizes[task_env.name] = (obs_dim, task_env.env.num_actions, int(task_env.env.max_episode_length))
     for theirs in distributed.collected(sizes):
         sizes |= theirs
-    own = {member.name: member for member in members}
+    own = {task_env.name: task_env for task_env in task_envs}
     return [
         own.get(info.name)
-        or Member(info.name, AbsentEnv(*sizes[info.name], device), info.score_range, info.reports_success)
+        or TaskEnv(info.name, EmptyVecEnv(*sizes[info.name], device), info.score_range, info.reports_success)
         for info in infos
     ]

@@ -24,7 +24,7 @@ from m3po.cli.film import TrainingFilms, require_packages
 from m3po.cli.job import Job, add_task_arguments, create_run_dir, find_run, resolve_checkpoint
 from m3po.cli.suite_job import kind_of_job
 from m3po.cli.transfer import add_transfer_arguments, check_start
-from m3po.elastic import Launch
+from m3po.elastic import ElasticRun
 from m3po.errors import UserError
 from m3po.manifest import environment_variables, git_revision, package_versions, write_json
 from m3po.presets import describe
@@ -144,8 +144,8 @@ def _main(argv: list[str], kind: type[Job]) -> int:
         job.seed = distributed.shared(job.seed)
         found = _find_start(job)
         sizes = [sum(of_task) for of_task in zip(*distributed.collected(job.sizes), strict=True)]
-        launch = Launch(job.experiment_dir, lambda: found[0] if found else _create_run(job, sizes))
-        run_dir, resumed = launch.run_dir, launch.checkpoint or (found and found[1])
+        elastic_run = ElasticRun(job.experiment_dir, lambda: found[0] if found else _create_run(job, sizes))
+        run_dir, resumed = elastic_run.run_dir, elastic_run.checkpoint or (found and found[1])
         if resumed is not None and distributed.is_main():
             record_resumption(run_dir, resumed, sys.orig_argv[1:])
         _report(job, sizes, run_dir)
@@ -177,7 +177,7 @@ def _main(argv: list[str], kind: type[Job]) -> int:
         if checkpoint is not None:
             print(f"[m3po] continuing from {checkpoint}")
             runner.load(str(checkpoint), map_location=job.device)
-        if args.transfer is not None and launch.checkpoint is None:
+        if args.transfer is not None and elastic_run.checkpoint is None:
             runner.transfer(args.transfer, args.init_task_from)
         if args.train_only == "embedding":
             print("[m3po] training nothing but task embeddings and action noise")
@@ -185,7 +185,7 @@ def _main(argv: list[str], kind: type[Job]) -> int:
         at_random = job.train_cfg.get("init_at_random_ep_len", True)
         code = learn(runner, run_dir, job.train_cfg["max_iterations"], resumed, at_random)
         if code == 0:
-            launch.finish()
+            elastic_run.finish()
     return code
 
 

@@ -18,7 +18,7 @@ class M3POEnv(VecEnv):
 
     ``step(actions)`` may put into ``extras``: ``time_outs`` (N,), which ends are truncations; ``final_obs``, the
     observations before a reset; ``final_obs_valid`` (N,), in which rows; ``success`` (N,), of the episodes that end,
-    NaN where it is not known; ``lost`` (N,), steps that never took place; ``log``, numbers by name.
+    NaN where it is not known; ``invalid`` (N,), steps that never took place; ``log``, numbers by name.
     """
 
     cfg: Any
@@ -138,7 +138,7 @@ class WrappedEnv(M3POEnv):
         setattr(self._env, name, value)
 
     def get_observations(self) -> TensorDict:
-        """Observations of now, batch size (N,)."""
+        """Current observations, batch size (N,)."""
         return self._env.get_observations()
 
     def step(self, actions: torch.Tensor) -> Result:

@@ -15,21 +15,21 @@ from tensordict import TensorDict
 
 from m3po.envs.interface import M3POEnv, Result, as_m3po_env
 from m3po.envs.logs import NewLogs
-from m3po.envs.member_process import MemberError, ProcessMember
-from m3po.envs.member_worker import reason
 from m3po.envs.padding import Padding
+from m3po.envs.subproc_env import SubprocVecEnv, TaskEnvError
+from m3po.envs.subproc_worker import reason
 from m3po.errors import UserError
 
 MAX_DEATHS, DEATH_WINDOW = 3, 100
-"""A member that dies this often within so many steps is not restarted again."""
+"""A task that dies this often within so many steps is not restarted again."""
 
 
 @dataclass(frozen=True)
-class Member:
+class TaskEnv:
     """The environments of one task."""
 
     name: str
-    """Name of the task, unique among the members."""
+    """Name of the task, unique in the batch."""
 
     env: VecEnv
     """Its environments."""
@@ -57,34 +57,34 @@ class MultiTaskVecEnv(M3POEnv):
     a step returns stay as they are until the step after the next begins.
     """
 
-    def __init__(self, members: Sequence[Member], device: str, restart_members: bool = False) -> None:
-        """Wait for the members' processes and gather their first observations.
+    def __init__(self, task_envs: Sequence[TaskEnv], device: str, restart_members: bool = False) -> None:
+        """Wait for the tasks' processes and gather their first observations.
 
         Args:
-            members: The tasks. They are closed by :meth:`close`, and when anything fails here.
-            device: Torch device of what is returned; members may live on others.
-            restart_members: Whether a member is restarted when its process fails in a step, instead of ending the run.
+            task_envs: The tasks. They are closed by :meth:`close`, and when anything fails here.
+            device: Torch device of what is returned; tasks may live on others.
+            restart_members: Whether a task is restarted when its process fails in a step, instead of ending the run.
 
         Raises:
-            UserError: If there is no member, or two have the same name.
-            MemberError: If a member's environments cannot be built.
+            UserError: If there is no task, or two have the same name.
+            TaskEnvError: If a task's environments cannot be built.
         """
-        self.members, self.device, self.restart_members = list(members), device, restart_members
-        self.task_names = [member.name for member in members]
-        self._envs = [as_m3po_env(member.env) for member in members]
+        self.task_envs, self.device, self.restart_members = list(task_envs), device, restart_members
+        self.task_names = [task_env.name for task_env in task_envs]
+        self._envs = [as_m3po_env(task_env.env) for task_env in task_envs]
         with self._closed_on_failure():
-            if not members or len(set(self.task_names)) < len(members):
+            if not task_envs or len(set(self.task_names)) < len(task_envs):
                 raise UserError(f"a batch needs one or more tasks with different names, got {self.task_names}.")
             for env in self._envs:
-                if isinstance(env, ProcessMember):
+                if isinstance(env, SubprocVecEnv):
                     env.connect()
             first = [env.get_observations()["policy"] for env in self._envs]
             self._describe(first)
             self._pad, self._pad_final = self._padding(), self._padding()
             self._obs = self._pad(first)
         self._concurrent = [k for k, env in enumerate(self._envs) if env.steps_beside]
-        self._logs = [NewLogs() for _ in self.members]
-        self._deaths: list[list[int]] = [[] for _ in members]
+        self._logs = [NewLogs() for _ in self.task_envs]
+        self._deaths: list[list[int]] = [[] for _ in task_envs]
         self._num_steps = 0
 
     def _describe(self, observations: list[torch.Tensor]) -> None:
@@ -99,8 +99,8 @@ class MultiTaskVecEnv(M3POEnv):
         self.action_dims = [env.num_actions for env in envs]
         self.num_actions = max(self.action_dims)
         self.episode_lengths = [int(env.max_episode_length) for env in envs]
-        self.score_ranges = [member.score_range for member in self.members]
-        self.cfg = {"tasks": {member.name: member.env.cfg for member in self.members}}
+        self.score_ranges = [task_env.score_range for task_env in self.task_envs]
+        self.cfg = {"tasks": {task_env.name: task_env.env.cfg for task_env in self.task_envs}}
         self.task_ids = torch.arange(self.num_tasks).repeat_interleave(torch.tensor(self._sizes)).to(device)
         self.discounts = torch.tensor([task_discount(length) for length in self.episode_lengths], device=device)
         self.max_episode_length = self._per_env(self.episode_lengths)
@@ -115,13 +115,13 @@ class MultiTaskVecEnv(M3POEnv):
 
     @property
     def episode_length_buf(self) -> torch.Tensor:
-        """Steps of the current episodes, (N,), int64. Assigning it sets that of the members."""
+        """Steps of the current episodes, (N,), int64. Assigning it sets that of the tasks."""
         return self._cat((env.episode_length_buf for env in self._envs), torch.long)
 
     @episode_length_buf.setter
     def episode_length_buf(self, value: torch.Tensor) -> None:
         for env, rows in zip(self._envs, self._rows, strict=True):
-            env.episode_length_buf = value[rows].to(env.device, copy=True)  # members count in place
+            env.episode_length_buf = value[rows].to(env.device, copy=True)  # tasks count in place
 
     def get_observations(self) -> TensorDict:
         """Groups ``policy``, (N, O), and ``task``, (N, 1), the task ids."""
@@ -134,7 +134,7 @@ class MultiTaskVecEnv(M3POEnv):
         return self.get_observations(), {}
 
     def reset_envs(self, ids: torch.Tensor) -> TensorDict:
-        """Reset some environments, (n,), int64; those of members that cannot do it stay as they are.
+        """Reset some environments, (n,), int64; those of tasks that cannot do it stay as they are.
 
         Returns:
             The observations of all.
@@ -151,33 +151,33 @@ class MultiTaskVecEnv(M3POEnv):
         return self.get_observations()
 
     def step(self, actions: torch.Tensor) -> Result:
-        """Step all members at the same time.
+        """Step all tasks at the same time.
 
         Args:
             actions: Actions, (N, A); of a row, the dimensions of its task count.
 
         Returns:
-            Observations; rewards, (N,); dones, (N,), bool; and extras: ``time_outs`` (N,), false where a member tells
-            none; ``final_obs``, in steps in which a member delivers it, like the observations, those before the reset
-            in rows that are done; ``final_obs_valid`` (N,), in steps in which only some members deliver it, false in
-            rows of others that are done; ``success`` (N,), where a member reports it, NaN in rows of others; ``log``,
-            new entries as ``<task>/<entry>``; ``lost`` (N,), in steps in which a member was restarted: its rows are
+            Observations; rewards, (N,); dones, (N,), bool; and extras: ``time_outs`` (N,), false where a task tells
+            none; ``final_obs``, in steps in which a task delivers it, like the observations, those before the reset
+            in rows that are done; ``final_obs_valid`` (N,), in steps in which only some tasks deliver it, false in
+            rows of others that are done; ``success`` (N,), where a task reports it, NaN in rows of others; ``log``,
+            new entries as ``<task>/<entry>``; ``invalid`` (N,), in steps in which a task was restarted: its rows are
             done by time-out with reward 0 and the last observation as the final one, as nobody knows what they did.
 
         Raises:
-            MemberError: If a member fails and is not restarted. All members are closed then.
+            TaskEnvError: If a task fails and is not restarted. All tasks are closed then.
         """
         self._num_steps += 1
-        results = self._step_members(actions)
-        lost = [isinstance(result, MemberError) for result in results]
+        results = self._step_tasks(actions)
+        invalid = [isinstance(result, TaskEnvError) for result in results]
         with self._closed_on_failure():
-            results = [self._restart(k, r) if isinstance(r, MemberError) else r for k, r in enumerate(results)]
+            results = [self._restart(k, r) if isinstance(r, TaskEnvError) else r for k, r in enumerate(results)]
         obs, rewards, dones, extras = zip(*results, strict=True)
         self._obs = self._pad([group["policy"] for group in obs])
         ends = self._cat(dones, torch.bool)
         merged = self._merge_extras(obs, ends, extras)
-        if any(lost):
-            merged["lost"] = self._per_env(lost)
+        if any(invalid):
+            merged["invalid"] = self._per_env(invalid)
         return self.get_observations(), self._cat(rewards, torch.get_default_dtype()), ends, merged
 
     def seed(self, seed: int) -> None:
@@ -196,11 +196,11 @@ class MultiTaskVecEnv(M3POEnv):
                 env.load_curriculum_state(part)
 
     def state_dict(self) -> list[dict[str, Any] | None]:
-        """What the members tell of their state, for :meth:`load_state_dict`."""
+        """What the tasks tell of their state, for :meth:`load_state_dict`."""
         return [env.state_dict() for env in self._envs]
 
     def load_state_dict(self, state: list[dict[str, Any] | None]) -> bool:
-        """Go on from :meth:`state_dict` of the same members.
+        """Go on from :meth:`state_dict` of the same tasks.
 
         Returns:
             Whether all of them go on exactly; otherwise new episodes begin in all of them.
@@ -216,9 +216,9 @@ class MultiTaskVecEnv(M3POEnv):
         return exact
 
     def close(self) -> None:
-        """Close all members, even where one of them fails to."""
+        """Close all tasks, even where one of them fails to."""
         for env in self._envs:
-            if isinstance(env, ProcessMember):
+            if isinstance(env, SubprocVecEnv):
                 env.stop()  # all at once
         with contextlib.ExitStack() as stack:
             for env in self._envs:
@@ -226,8 +226,8 @@ class MultiTaskVecEnv(M3POEnv):
 
     # -- step ---------------------------------------------------------------------------------------------------------
 
-    def _step_members(self, actions: torch.Tensor) -> list[Result | MemberError]:
-        """Results of all members, started before any is waited for; a failure takes the place of a result."""
+    def _step_tasks(self, actions: torch.Tensor) -> list[Result | TaskEnvError]:
+        """Results of all tasks, started before any is waited for; a failure takes the place of a result."""
         parts = [
             actions[rows, : env.num_actions].to(env.device).contiguous()
             for env, rows in zip(self._envs, self._rows, strict=True)
@@ -244,22 +244,22 @@ class MultiTaskVecEnv(M3POEnv):
         return results
 
     def _attempt(self, k: int, function: Callable[..., Any], *arguments: torch.Tensor) -> Any:
-        """Call a function of a member; returns its failure, so that the others can finish their step first."""
+        """Call a function of a task; returns its failure, so that the others can finish their step first."""
         try:
             return function(*arguments)
-        except MemberError as error:
+        except TaskEnvError as error:
             return error
         except Exception as error:
-            return MemberError(self.task_names[k], reason(error), traceback.format_exc())
+            return TaskEnvError(self.task_names[k], reason(error), traceback.format_exc())
 
-    def _restart(self, k: int, error: MemberError) -> Result:
-        """Restart a dead member; returns its rows of the lost step.
+    def _restart(self, k: int, error: TaskEnvError) -> Result:
+        """Restart a task whose process died; returns its rows of the invalid step.
 
         Raises:
-            MemberError: ``error``, if there is no restart; another, if it dies too often.
+            TaskEnvError: ``error``, if there is no restart; another, if it dies too often.
         """
         env, rows = self._envs[k], self._rows[k]
-        if not self.restart_members or not isinstance(env, ProcessMember):
+        if not self.restart_members or not isinstance(env, SubprocVecEnv):
             raise error
         restarted = False
         while not restarted:
@@ -271,7 +271,7 @@ class MultiTaskVecEnv(M3POEnv):
             try:
                 env.restart()
                 restarted = True
-            except MemberError as next_error:
+            except TaskEnvError as next_error:
                 error = next_error
         last = {"policy": self._obs["policy"][rows, : self.obs_dims[k]]}
         ends = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
@@ -281,7 +281,7 @@ class MultiTaskVecEnv(M3POEnv):
     def _merge_extras(
         self, obs: Sequence[TensorDict], dones: torch.Tensor, extras: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
-        """Extras of the batch from those of the members, as :meth:`step` describes them."""
+        """Extras of the batch from those of the tasks, as :meth:`step` describes them."""
         merged: dict[str, Any] = {"time_outs": self._cat_extras("time_outs", extras, 0.0, torch.bool)}
         delivered = ["final_obs" in extra for extra in extras]
         if any(delivered):
@@ -289,7 +289,7 @@ class MultiTaskVecEnv(M3POEnv):
             merged["final_obs"] = self._pad_final(final)
             if not all(delivered):
                 merged["final_obs_valid"] = self._per_env(delivered) | ~dones
-        if any(member.reports_success for member in self.members):
+        if any(task_env.reports_success for task_env in self.task_envs):
             merged["success"] = self._cat_extras("success", extras, torch.nan, torch.get_default_dtype())
         if log := self._new_logs(extras):
             merged["log"] = log
@@ -310,7 +310,7 @@ class MultiTaskVecEnv(M3POEnv):
     def _cat_extras(
         self, name: str, extras: Sequence[dict[str, Any]], default: float, dtype: torch.dtype
     ) -> torch.Tensor:
-        """An entry of all members, (N,); the default in the rows of those without it."""
+        """An entry of all tasks, (N,); the default in the rows of those without it."""
         parts = [
             extra[name] if name in extra else torch.full((size,), default, device=self.device)
             for extra, size in zip(extras, self._sizes, strict=True)

@@ -1,6 +1,6 @@
 """An environment of which only the observation groups that some network reads are seen.
 
-Cameras, ground truth and logs that tasks offer beside them would be stored for each step, judged by the quarantine and
+Cameras, ground truth and logs that tasks offer beside them would be stored for each step, judged by the NaN guard and
 saved in checkpoints.
 """
 
@@ -54,7 +54,7 @@ class ReadGroups(WrappedEnv):
         return None if obs is None else obs.select(*self._groups)
 
     def get_observations(self) -> TensorDict:
-        """Observations of now, batch size (N,)."""
+        """Current observations, batch size (N,)."""
         return self._env.get_observations().select(*self._groups)
 
     def step(self, actions: torch.Tensor) -> Result:

@@ -1,4 +1,4 @@
-"""MPPI's update: elites, their softmax-weighted mean and deviation, and the trust region around the prior.
+"""MPPI's update: elites, their softmax-weighted mean and std, and the trust region around the prior.
 
 Candidate returns are z-scored per environment before the softmax, so scaling all rewards changes nothing.
 """
@@ -43,7 +43,7 @@ def project_torch(
     out: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, offset: torch.Tensor, max_kl: float
 ) -> None:
     """Reference of :func:`project`."""
-    # A deviation of 0 marks a masked dimension: it neither moves nor counts.
+    # A std of 0 marks a masked dimension: it neither moves nor counts.
     valid = torch.where(sigma > _MIN_SIGMA, offset, 0.0)
     scale = (math.sqrt(2.0 * max_kl) / valid.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp(max=1.0)
     torch.add(mu, scale * sigma * valid, out=out)
@@ -74,13 +74,13 @@ def weight_kernel(
     square = wp.float32(0.0)
     for s in range(samples):
         square += (returns[env, s] - centre) * (returns[env, s] - centre)
-    deviation = wp.max(wp.sqrt(square / wp.float32(samples)), wp.float32(_MIN_SPREAD))
+    std = wp.max(wp.sqrt(square / wp.float32(samples)), wp.float32(_MIN_SPREAD))
     weight = wp.float32(0.0)
     if rank < num_elites:
-        weight = wp.exp(temperature * (mine - best) / deviation)
+        weight = wp.exp(temperature * (mine - best) / std)
     weights[env, sample] = weight
     if sample == 0:
-        spread[env] = deviation
+        spread[env] = std
 
 
 @wp.kernel(enable_backward=False, module="m3po_elites")
@@ -91,7 +91,7 @@ def moment_kernel(
     candidates: wp.array4d(dtype=wp.float32),
     min_std: wp.float32,
 ) -> None:
-    """One thread takes the weighted mean and deviation of one number over the candidates, in one pass (West, 1979)."""
+    """One thread takes the weighted mean and std of one number over the candidates, in one pass (West, 1979)."""
     env, h, d = wp.tid()
     total = wp.float32(0.0)
     centre = wp.float32(0.0)
@@ -156,14 +156,14 @@ def update_distribution(
 
     Args:
         mean: Receives the weighted mean of the elites, shape (n, H, A).
-        std: Receives their weighted deviation, clamped to [``min_std``, 1], shape (n, H, A).
+        std: Receives their weighted std, clamped to [``min_std``, 1], shape (n, H, A).
         weights: Receives ``softmax(temperature * z-score)`` over the elites and 0 elsewhere, shape (n, S).
-        spread: Receives the deviation of all returns, shape (n,).
+        spread: Receives the std of all returns, shape (n,).
         candidates: Perturbations, shape (n, S, H, A), any strides.
         returns: Predicted returns, shape (n, S), any strides.
         num_elites: Best candidates that count; among equal ones the first.
         temperature: Inverse scale of the softmax.
-        min_std: Lower bound of the deviation.
+        min_std: Lower bound of the std.
     """
     device = candidates.device
     launch(weight_kernel, tuple(returns.shape), (weights, spread, returns, num_elites, temperature), device)
@@ -178,7 +178,7 @@ def project(out: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, offset: to
     Args:
         out: Receives the projected mean, shape (n, A); exactly ``mu`` where the offset is 0.
         mu: Prior mean, shape (n, A).
-        sigma: Prior deviation, shape (n, A); 0 marks a masked dimension.
+        sigma: Prior std, shape (n, A); 0 marks a masked dimension.
         offset: Planned perturbation in whitened coordinates, shape (n, A).
         max_kl: Trust region, nats. ``inf`` leaves the plan as it is.
     """

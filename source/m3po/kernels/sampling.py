@@ -175,7 +175,7 @@ def sample_candidates(
     Args:
         out: Perturbations in whitened coordinates, shape (n, S, H, A), float32, any strides.
         mean: Mean of the sampling distribution, shape (n, H, A).
-        std: Deviation of the sampling distribution, shape (n, H, A).
+        std: Std of the sampling distribution, shape (n, H, A).
         counters: Seed, step and planner iteration, int64, shape (3,), read on the device when the kernel runs.
         env_ids: Environment ids, shape (n,), int64.
         action_mask: Valid action dimensions, shape (n, A), boolean; masked ones become exactly 0.

@@ -1,7 +1,7 @@
 """Running statistics kept per task, so that one task's scale never drowns another's.
 
 All of them change only when ``update`` is called: they are frozen during a rollout and its policy update. What several
-processes bring to an ``update`` is merged in all of them. No single sample weighs more than :data:`LARGEST` deviations,
+processes bring to an ``update`` is merged in all of them. No single sample weighs more than :data:`LARGEST` stds,
 so that one wild number of a simulator does not set a unit for good.
 """
 
@@ -20,7 +20,7 @@ from m3po import distributed
 from m3po.models.layers import linear_layers
 
 LARGEST = 100.0
-"""Size from which on a sample counts as this many deviations, or times the usual reward. A reward that comes once in
+"""Size from which on a sample counts as this many stds, or times the usual reward. A reward that comes once in
 10 000 steps is that large if nothing else is rewarded, so rare rewards pass."""
 
 MEMORY = 2.0**20
@@ -30,14 +30,14 @@ SETTLED = 4
 """Rollouts as large as the newest, before which the statistics of policy and critic are young."""
 
 SMALL = 0.1
-"""Largest change of a mean or a deviation that the first layer takes up, relative to the deviation."""
+"""Largest change of a mean or a std that the first layer takes up, relative to the std."""
 
 USUAL_SHARE = 0.99
 """Share of a first rollout's rewards, the smaller ones, that say what is usual."""
 
 
 class TaskNormalizer(nn.Module):
-    """Per-task running mean and deviation of a vector."""
+    """Per-task running mean and std of a vector."""
 
     scale: torch.Tensor
     mean: torch.Tensor
@@ -52,7 +52,7 @@ class TaskNormalizer(nn.Module):
         eps: float = 1e-2,
         memory: float = math.inf,
     ) -> None:
-        """Start at mean 0 and deviation 1 for each of ``num_tasks`` tasks.
+        """Start at mean 0 and std 1 for each of ``num_tasks`` tasks.
 
         Args:
             num_tasks: Tasks K.
@@ -60,7 +60,7 @@ class TaskNormalizer(nn.Module):
             task_dims: Dimensions of each task, D_k. The tasks share layers behind, so each is scaled by
                 ``sqrt(max_j D_j / D_k)`` to a common expected norm: otherwise a small task's signal is lost among the
                 weights that large ones need, and its functions are learnt far more slowly. ``None``: nothing is scaled.
-            eps: Added to the deviations.
+            eps: Added to the stds.
             memory: Rows of a task that older ones may weigh as much as, at most; what is older is forgotten.
         """
         super().__init__()
@@ -76,13 +76,13 @@ class TaskNormalizer(nn.Module):
         """Normalise rows. Shapes (..., D) and (...,) -> (..., D)."""
         return (x - self.mean[task]) / ((self.var.sqrt() + self.eps) / self.scale)[task]
 
-    def deviation(self) -> torch.Tensor:
-        """Deviations of each task, (K, D)."""
+    def stds(self) -> torch.Tensor:
+        """Stds of each task, (K, D)."""
         return self.var.sqrt() + self.eps
 
     def invert(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """Rows whose normalised values are given. Shapes (..., D) and (...,) -> (..., D)."""
-        return self.mean[task] + x * (self.deviation() / self.scale)[task]
+        return self.mean[task] + x * (self.stds() / self.scale)[task]
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, task: torch.Tensor) -> None:
@@ -114,7 +114,7 @@ class BoundedNormalization(EmpiricalNormalization):
         super().update(x)
         count.clamp_(max=int(MEMORY))
 
-    def deviation(self) -> torch.Tensor:
+    def stds(self) -> torch.Tensor:
         """What is divided by, (D,)."""
         return self.std + self.eps
 
@@ -136,11 +136,11 @@ def learn_statistics(network: MLPModel, obs: TensorDict, others: Sequence[MLPMod
     if not isinstance(normalizer, BoundedNormalization):
         network.update_normalization(obs)
         return
-    count, mean, deviation = int(normalizer.get_buffer("count")), normalizer.mean, normalizer.deviation()
+    count, mean, std = int(normalizer.get_buffer("count")), normalizer.mean, normalizer.stds()
     network.update_normalization(obs)
     if count < SETTLED * (int(normalizer.get_buffer("count")) - count):
         return
-    moved, stretched = (normalizer.mean - mean) / deviation, normalizer.deviation() / deviation
+    moved, stretched = (normalizer.mean - mean) / std, normalizer.stds() / std
     small = (moved.abs() < SMALL) & (stretched.log().abs() < SMALL)
     moved, stretched = torch.where(small, moved, 0.0), torch.where(small, stretched, 1.0)
     for first in (linear_layers(each.mlp)[0] for each in (network, *others)):
@@ -149,18 +149,18 @@ def learn_statistics(network: MLPModel, obs: TensorDict, others: Sequence[MLPMod
 
 
 def bounded(rows: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float) -> torch.Tensor:
-    """Rows (B, D) within :data:`LARGEST` deviations of a mean (D,); a dimension that never changed has no scale yet."""
+    """Rows (B, D) within :data:`LARGEST` stds of a mean (D,); a dimension that never changed has no scale yet."""
     most = torch.where(var > 0.0, LARGEST * (var.sqrt() + eps), torch.inf)
     return rows.clamp(mean - most, mean + most)
 
 
 class RewardStatistics(nn.Module):
-    """Per-task reward scale, and reward of a fall."""
+    """Per-task reward scale, and reward of a termination."""
 
     square: torch.Tensor
     terminal: torch.Tensor
     count: torch.Tensor
-    falls: torch.Tensor
+    terminations: torch.Tensor
 
     def __init__(self, num_tasks: int, memory: float = math.inf) -> None:
         """Start at scale 1, terminal reward 0.
@@ -174,7 +174,7 @@ class RewardStatistics(nn.Module):
         self.register_buffer("square", torch.ones(num_tasks))
         self.register_buffer("terminal", torch.zeros(num_tasks))
         self.register_buffer("count", torch.zeros(num_tasks))
-        self.register_buffer("falls", torch.zeros(num_tasks))
+        self.register_buffer("terminations", torch.zeros(num_tasks))
 
     def scale(self, task: torch.Tensor) -> torch.Tensor:
         """Root mean square of the per-step reward of surviving steps, reward units, shape of ``task``."""
@@ -182,8 +182,8 @@ class RewardStatistics(nn.Module):
 
     def bounded(self, reward: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """Rewards (B,) of tasks (B,), none larger than :data:`LARGEST` times what is usual in its task."""
-        fallen = self.falls / self.count.clamp_min(1)
-        usual = ((1.0 - fallen) * self.square + fallen * self.terminal.square()).sqrt()
+        rate = self.terminations / self.count.clamp_min(1)
+        usual = ((1.0 - rate) * self.square + rate * self.terminal.square()).sqrt()
         for k in (self.count == 0).nonzero().flatten().tolist():
             sizes = reward[task == k].abs().sort().values
             usual[k] = sizes[: math.ceil(USUAL_SHARE * len(sizes))].square().mean().sqrt() if len(sizes) else 0.0
@@ -195,20 +195,20 @@ class RewardStatistics(nn.Module):
         """Merge a rollout's rewards (B,), true terminations (B,) and tasks (B,)."""
         sums = []
         for k in range(self.count.shape[0]):
-            alive, fallen = (task == k) & ~terminated, (task == k) & terminated
-            counts = (alive.sum().to(reward), fallen.sum().to(reward))
-            sums.append(torch.stack((*counts, (reward.square() * alive).sum(), (reward * fallen).sum())))
-        for k, (n_alive, n_fallen, squares, fall_reward) in enumerate(distributed.total(torch.stack(sums))):
-            n = n_alive + n_fallen
-            seen_alive = self.count[k] - self.falls[k]
+            alive, ended = (task == k) & ~terminated, (task == k) & terminated
+            counts = (alive.sum().to(reward), ended.sum().to(reward))
+            sums.append(torch.stack((*counts, (reward.square() * alive).sum(), (reward * ended).sum())))
+        for k, (n_alive, n_ended, squares, terminal_reward) in enumerate(distributed.total(torch.stack(sums))):
+            n = n_alive + n_ended
+            seen_alive = self.count[k] - self.terminations[k]
             self.square[k] += (
                 n_alive / (seen_alive + n_alive).clamp_min(1) * (squares / n_alive.clamp_min(1) - self.square[k])
             )
             self.terminal[k] += (
-                n_fallen
-                / (self.falls[k] + n_fallen).clamp_min(1)
-                * (fall_reward / n_fallen.clamp_min(1) - self.terminal[k])
+                n_ended
+                / (self.terminations[k] + n_ended).clamp_min(1)
+                * (terminal_reward / n_ended.clamp_min(1) - self.terminal[k])
             )
             kept = (self.memory / (self.count[k] + n).clamp_min(1)).clamp(max=1.0)
             self.count[k] = (self.count[k] + n) * kept
-            self.falls[k] = (self.falls[k] + n_fallen) * kept
+            self.terminations[k] = (self.terminations[k] + n_ended) * kept

@@ -1,7 +1,7 @@
 """Policy and critic of several tasks: one network, conditioned on the task, that never sees another task's scale.
 
 rsl_rl's ``MLPModel`` with four changes: observations are normalised per task, the task embedding joins them, each
-task adds a linear output layer of its own, and the Gaussian has a deviation per task and knows which action dimensions
+task adds a linear output layer of its own, and the Gaussian has a std per task and knows which action dimensions
 a task has.
 """
 
@@ -38,7 +38,7 @@ def task_of(obs: TensorDict) -> torch.Tensor:
 
 
 class TaskGaussian(GaussianDistribution):
-    """Gaussian with a deviation per task; dimensions that a task lacks are 0 and add nothing to any sum."""
+    """Gaussian with a std per task; dimensions that a task lacks are 0 and add nothing to any sum."""
 
     action_mask: torch.Tensor
     task: torch.Tensor
@@ -51,16 +51,16 @@ class TaskGaussian(GaussianDistribution):
         init_std: float | Sequence[float] = 1.0,
         **distribution_cfg: Any,
     ) -> None:
-        """Set the deviations that training begins with.
+        """Set the stds that training begins with.
 
         Args:
             output_dim: Action dimensions A of the largest task.
             action_mask: Dimensions that each task has, shape (K, A), boolean.
-            init_std: First deviation, of all tasks or of each.
+            init_std: First std, of all tasks or of each.
             **distribution_cfg: Other options of rsl_rl's ``GaussianDistribution``.
 
         Raises:
-            UserError: If there are not as many deviations as tasks.
+            UserError: If there are not as many stds as tasks.
         """
         each = [init_std] * len(action_mask) if isinstance(init_std, (int, float)) else list(init_std)
         if len(each) != len(action_mask):
@@ -77,7 +77,7 @@ class TaskGaussian(GaussianDistribution):
         self.task = task
 
     def std_of(self, task: torch.Tensor) -> torch.Tensor:
-        """Deviations of tasks, shape (...,) -> (..., A); 1 in dimensions that a task lacks."""
+        """Stds of tasks, shape (...,) -> (..., A); 1 in dimensions that a task lacks."""
         if self.std_type == "scalar":
             std = self.std_param.clamp(*self.std_range)
         else:

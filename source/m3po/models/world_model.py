@@ -22,7 +22,7 @@ OUTLIER = 5.0
 """Targets are cut off at this many units: contacts, and angles that wrap around, must not set the weights."""
 
 INPUT_BOUND = 10.0
-"""Bound of the normalised observation at the network's input, deviations."""
+"""Bound of the normalised observation at the network's input, stds."""
 
 SIMPLEX = 8
 """Dimensions of a group of features; each group lies on a simplex."""
@@ -63,10 +63,10 @@ class WorldModel(nn.Module):
         memory = cfg.replay_transitions / num_tasks
         self.obs_normalizer = TaskNormalizer(num_tasks, obs_dim, task_dims, memory=memory)
         self.changes = TaskNormalizer(num_tasks, obs_dim, eps=1e-4, memory=memory)
-        """Statistics of what a step changes; their deviations are the units of the anchor's prediction."""
+        """Statistics of what a step changes; their stds are the units of the anchor's prediction."""
         self.reward_normalizer = TaskNormalizer(num_tasks, 1, eps=1e-8, memory=memory)
-        """Statistics of the rewards of steps that go on, whose deviation is the unit of the reward's prediction."""
-        self.falls = RewardStatistics(num_tasks, memory=memory)
+        """Statistics of the rewards of steps that go on, whose std is the unit of the reward's prediction."""
+        self.terminations = RewardStatistics(num_tasks, memory=memory)
         """What a termination earns: large and rare, it would set the reward's unit."""
         dims = torch.tensor(task_dims or [obs_dim] * num_tasks).unsqueeze(1)
         self.register_buffer("own_dims", (torch.arange(obs_dim) < dims).to(torch.get_default_dtype()), persistent=False)
@@ -90,7 +90,7 @@ class WorldModel(nn.Module):
             heads = (head(width, 1, zero=True), head(width, action_dim, zero=True))
             self.value_head, self.policy_head = (nn.Sequential(trunk(state_dim, [width, width]), x) for x in heads)
             self.values = TaskNormalizer(num_tasks, 1, eps=1e-8, memory=memory)
-            """Statistics of the critic's values, whose deviation is the unit of the value head."""
+            """Statistics of the critic's values, whose std is the unit of the value head."""
 
     # -- predictions --------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class WorldModel(nn.Module):
 
         Returns:
             Change of the anchor (..., X) in units of :attr:`changes`, next features (..., Y), reward (...,) in
-            deviations of the task's rewards, and logits of a termination (...,).
+            stds of the task's rewards, and logits of a termination (...,).
         """
         out = self.transition(torch.cat([self._state(z, task), action, self.embed(task)], dim=-1))
         change, logits, reward, termination = out.split([self.anchor_dim, self.cfg.features, 1, 1], dim=-1)
@@ -141,11 +141,11 @@ class WorldModel(nn.Module):
         change, features, reward, logits = self.predict(z, action, task)
         alive = torch.sigmoid(-logits)
         reward = self.reward_normalizer.invert(reward.unsqueeze(-1), task).squeeze(-1)
-        reward = alive * reward + (1.0 - alive) * self.falls.terminal[task]
+        reward = alive * reward + (1.0 - alive) * self.terminations.terminal[task]
         if not self.anchor_dim:
             return features, reward, alive
         predicted = self.own_dims * (self.explained / PREDICTABLE).clamp(0.0, 1.0)
-        x = self.observation(z) + change * (self.changes.deviation() * predicted)[task]
+        x = self.observation(z) + change * (self.changes.stds() * predicted)[task]
         return torch.cat([x, features], dim=-1), reward, alive
 
     def value(self, z: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ class WorldModel(nn.Module):
 
     def change_targets(self, obs: torch.Tensor, next_obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """Change in the units of the prediction, without outliers: (..., O), (..., O), (...,) -> (..., O)."""
-        return ((next_obs - obs) / self.changes.deviation()[task]).clamp(-OUTLIER, OUTLIER)
+        return ((next_obs - obs) / self.changes.stds()[task]).clamp(-OUTLIER, OUTLIER)
 
     def reward_targets(self, reward: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """Reward in the units of the prediction, without outliers: (...,), (...,) -> (...,)."""
@@ -204,7 +204,7 @@ class WorldModel(nn.Module):
         self.obs_normalizer.update(obs, task)
         self.changes.update((next_obs - obs)[valid], task[valid])
         self.reward_normalizer.update(reward[~terminated].unsqueeze(-1), task[~terminated])
-        self.falls.update(reward, terminated, task)
+        self.terminations.update(reward, terminated, task)
 
     @torch.no_grad()
     def update_explained(self, explained: torch.Tensor, seen: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from m3po.config import PlannerCfg
 from m3po.kernels import elites, sampling
-from m3po.planning.capture import CapturedPlan
+from m3po.planning.cuda_graph import CUDAGraphPlan
 from m3po.planning.objective import Objective
 
 OPERATIONS = {
@@ -36,7 +36,7 @@ CHUNK_ROWS = {"cpu": 2048, "cuda": 65536}
 
 
 @dataclass
-class Start:
+class PlanInputs:
     """What n environments are planned from."""
 
     z: torch.Tensor
@@ -97,21 +97,21 @@ class MPPIPlanner:
         """
         self.objective, self.cfg, self.seed = objective, cfg, seed
         self._sample, self._update, self._project = OPERATIONS[cfg.kernels]
-        self._graph: CapturedPlan | None = None
+        self._graph: CUDAGraphPlan | None = None
 
     @torch.no_grad()
-    def plan(self, start: Start) -> Plan:
+    def plan(self, inputs: PlanInputs) -> Plan:
         """Plan for a batch of environments. Zero iterations return the gradient's plan."""
         if not self.cfg.cuda_graph:
-            return self._plan(start)
-        if self._graph is None or not self._graph.fits(start):
-            self._graph = CapturedPlan(self._plan, start)
-        return self._graph.replay(start)
+            return self._plan(inputs)
+        if self._graph is None or not self._graph.fits(inputs):
+            self._graph = CUDAGraphPlan(self._plan, inputs)
+        return self._graph.replay(inputs)
 
-    def _plan(self, start: Start) -> Plan:
+    def _plan(self, inputs: PlanInputs) -> Plan:
         """All iterations; everything that changes between calls is read from device memory."""
-        cfg, mu, sigma = self.cfg, start.mu * start.action_mask, start.sigma * start.action_mask
-        start = dataclasses.replace(start, mu=mu, sigma=sigma)
+        cfg, mu, sigma = self.cfg, inputs.mu * inputs.action_mask, inputs.sigma * inputs.action_mask
+        inputs = dataclasses.replace(inputs, mu=mu, sigma=sigma)
         n, dims = mu.shape
         device = mu.device
         u = torch.zeros(n, cfg.num_samples, cfg.horizon, dims, device=device)
@@ -121,27 +121,27 @@ class MPPIPlanner:
         mean, std = torch.zeros(n, cfg.horizon, dims, device=device), torch.ones(n, cfg.horizon, dims, device=device)
         weights, spread = torch.zeros_like(returns), torch.ones(n, device=device)
         for iteration in range(cfg.num_iterations):
-            counters = torch.stack((_int(self.seed, device), start.step, _int(iteration, device)))
+            counters = torch.stack((_int(self.seed, device), inputs.step, _int(iteration, device)))
             if iteration == 0:
                 # The policy's own trajectories are drawn around it, all others around the gradient's plan.
-                self._draw(u[:, own:], mean, std, counters, start)
-                u[:, known:, 0] += start.shift.unsqueeze(1)
+                self._draw(u[:, own:], mean, std, counters, inputs)
+                u[:, known:, 0] += inputs.shift.unsqueeze(1)
                 u.clamp_(-MAX_NOISE, MAX_NOISE)
                 for s, length in enumerate(GRADIENT_STEPS):  # a graph cannot copy a table from the host
-                    u[:, s, 0] = length * start.shift
-                returns = self.evaluate(start, u)
+                    u[:, s, 0] = length * inputs.shift
+                returns = self.evaluate(inputs, u)
             else:  # what is known already competes again, without being evaluated again
-                self._draw(u[:, known:], mean, std, counters, start)
-                returns[:, known:] = self.evaluate(start, u[:, known:])
+                self._draw(u[:, known:], mean, std, counters, inputs)
+                returns[:, known:] = self.evaluate(inputs, u[:, known:])
             update = (cfg.num_elites, cfg.temperature, MIN_STD)
             self._update(mean, std, weights, spread, u, returns, *update)
         plan = torch.empty_like(mu)
         if cfg.num_iterations == 0:
-            self._project(plan, mu, sigma, start.shift, cfg.max_acting_kl)
+            self._project(plan, mu, sigma, inputs.shift, cfg.max_acting_kl)
             return Plan(plan, torch.ones_like(spread), plan.unsqueeze(1), torch.ones(n, 1, device=device), sigma)
         self._project(plan, mu, sigma, mean[:, 0].contiguous(), cfg.max_acting_kl)
         mean[:, 0] = (plan - mu) / sigma.clamp_min(1e-6)
-        value = self.evaluate(start, mean.unsqueeze(1))[:, 0]
+        value = self.evaluate(inputs, mean.unsqueeze(1))[:, 0]
         # The gradient's plan is executed where the model ranks the elites' mean below it.
         index = GRADIENT_STEPS.index(1.0)
         better = value >= returns[:, index]
@@ -150,21 +150,21 @@ class MPPIPlanner:
         return Plan(plan, gain, mu.unsqueeze(1) + sigma.unsqueeze(1) * u[:, :, 0], weights, sigma * std[:, 0])
 
     def _draw(
-        self, out: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, counters: torch.Tensor, start: Start
+        self, out: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, counters: torch.Tensor, inputs: PlanInputs
     ) -> None:
         if out.shape[1] > 0:
-            self._sample(out, mean, std, counters, start.env_ids, start.action_mask, MAX_NOISE)
+            self._sample(out, mean, std, counters, inputs.env_ids, inputs.action_mask, MAX_NOISE)
 
-    def evaluate(self, start: Start, u: torch.Tensor) -> torch.Tensor:
+    def evaluate(self, inputs: PlanInputs, u: torch.Tensor) -> torch.Tensor:
         """Imagined returns of candidates (n, S, H, A), (n, S), in chunks of rows that stay in the cache."""
         n, samples = u.shape[:2]
         size = max(1, CHUNK_ROWS[u.device.type] // samples)
-        parts = [self._evaluate(start, u, slice(i, min(n, i + size))) for i in range(0, n, size)]
-        return torch.cat(parts).to(start.mu.dtype)
+        parts = [self._evaluate(inputs, u, slice(i, min(n, i + size))) for i in range(0, n, size)]
+        return torch.cat(parts).to(inputs.mu.dtype)
 
-    def _evaluate(self, start: Start, u: torch.Tensor, rows: slice) -> torch.Tensor:
-        z, mu, task, samples = start.z[rows], start.mu[rows], start.task[rows], u.shape[1]
-        noise = u[rows] * start.sigma[rows, None, None]
+    def _evaluate(self, inputs: PlanInputs, u: torch.Tensor, rows: slice) -> torch.Tensor:
+        z, mu, task, samples = inputs.z[rows], inputs.mu[rows], inputs.task[rows], u.shape[1]
+        noise = u[rows] * inputs.sigma[rows, None, None]
         z, mu, task, noise = (*(x.repeat_interleave(samples, 0) for x in (z, mu, task)), noise.flatten(0, 1))
         with torch.autocast(u.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16"):
             return self.objective.returns(z, mu + noise[:, 0], task, noise).view(-1, samples)

@@ -15,7 +15,7 @@ import torch
 from m3po.algorithms import policy_average
 from m3po.errors import CheckpointError
 
-FORMAT = 5
+FORMAT = 6
 """Version of the checkpoint's layout, stored under ``ckpt["m3po"]["format"]``; no other one is read."""
 
 LAST, BEST = "model_last.pt", "model_best.pt"

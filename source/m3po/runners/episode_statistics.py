@@ -86,18 +86,18 @@ class EpisodeStatistics:
             rewards: Rewards, (N,).
             dones: Ends of episodes, (N,).
             extras: The environment's. ``success``, (N,): success of the episodes that end, NaN where a task does not
-                report it. ``lost``, (N,), boolean: steps that never happened, because the member of the environments
-                was restarted; their episodes do not count. ``log``: the environment's own, entries of several tasks
+                report it. ``invalid``, (N,), boolean: steps that never happened, because the environments' process was
+                restarted; their episodes do not count. ``log``: the environment's own, entries of several tasks
                 as ``<task>/<entry>``.
         """
-        dones, lost = dones.bool(), self._never
-        if "lost" in extras:
-            lost = extras["lost"].to(self._never.device)
+        dones, invalid = dones.bool(), self._never
+        if "invalid" in extras:
+            invalid = extras["invalid"].to(self._never.device)
         success = extras["success"].to(self._unknown) if "success" in extras else self._unknown
         self._return += rewards
         self._length += 1
-        self._rewards += torch.stack((rewards, ~lost))
-        self._steps.append((dones & ~lost, torch.stack((self._return, self._length, success))))
+        self._rewards += torch.stack((rewards, ~invalid))
+        self._steps.append((dones & ~invalid, torch.stack((self._return, self._length, success))))
         self._return.masked_fill_(dones, 0.0)
         self._length.masked_fill_(dones, 0.0)
         if log := self._new_logs.take(extras.get("log", extras.get("episode"))):

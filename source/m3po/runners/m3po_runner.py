@@ -32,7 +32,7 @@ from m3po.runners.checkpoint import (
 from m3po.runners.embedding_report import nearest_table, write_embedding_report
 from m3po.runners.episode_statistics import EpisodeStatistics
 from m3po.runners.log_services import make_writer
-from m3po.runners.quarantine import Quarantine
+from m3po.runners.nan_guard import NanGuard
 from m3po.runners.reporting import Reporter, console_block, console_line
 from m3po.runners.resumable_runner import ResumableRunner
 from m3po.runners.task_transfer import describe_tasks, described_tasks, transferred
@@ -108,7 +108,7 @@ class M3PORunner(ResumableRunner):
         self.all_envs = sum(distributed.collected(env.num_envs))
         """Environments of all processes."""
         self.reporter = Reporter(log_dir, lambda folder: make_writer(folder, self.cfg, self.env.cfg))
-        self.quarantine = Quarantine(self.env, self.cfg, log_dir, self.device)
+        self.nan_guard = NanGuard(self.env, self.cfg, log_dir, self.device)
         self.statistics = EpisodeStatistics.of(env, device)
         self.quiet = self.cfg.get("quiet", not sys.stdout.isatty())
         """Whether a line is printed after each iteration instead of a block."""
@@ -145,7 +145,7 @@ class M3PORunner(ResumableRunner):
                 ).long()
             else:
                 self.env.episode_length_buf = torch.randint_like(steps, high=int(self.env.max_episode_length))
-        obs = self.quarantine.first(self.env.get_observations().to(self.device))
+        obs = self.nan_guard.first(self.env.get_observations().to(self.device))
         self.alg.train_mode()
         if self.is_distributed:
             self.alg.broadcast_parameters()
@@ -168,7 +168,7 @@ class M3PORunner(ResumableRunner):
                 count = getattr(self.alg, "begin_rollout", lambda most: 1)(total - it)
                 obs, row, losses = self._iteration(it, count, obs, watch)
                 it += count
-                metrics = getattr(self.alg, "metrics", {}) | self.quarantine.metrics
+                metrics = getattr(self.alg, "metrics", {}) | self.nan_guard.metrics
                 self.reporter.report(row, losses, metrics)
                 eta = (self.seconds - start_seconds) / (it - first) * (total - it)
                 if distributed.is_main():
@@ -198,8 +198,8 @@ class M3PORunner(ResumableRunner):
             for _ in range(num_steps):
                 obs = self._step(obs, self.statistics, watch)
             collected = time.perf_counter()
-            self.quarantine.close_rollout()
-            if self.quarantine.exceeded:
+            self.nan_guard.close_rollout()
+            if self.nan_guard.exceeded:
                 self._give_up()
             self.alg.compute_returns(obs)
         losses = self.alg.update()
@@ -209,18 +209,18 @@ class M3PORunner(ResumableRunner):
         self.env_steps += self.all_envs * num_steps
         self.current_learning_iteration = it + count - 1
         row = self._row(self.all_envs * num_steps, watch, collected - begin, end - collected)
-        return obs, row | self.quarantine.task_metrics, losses
+        return obs, row | self.nan_guard.task_metrics, losses
 
     def _step(self, obs: TensorDict, statistics: EpisodeStatistics, watch: Stopwatch) -> TensorDict:
         """One step of all environments. Returns the next observations."""
         with watch.section("act"):
-            actions = self.quarantine.before(self.alg.act(obs))
+            actions = self.nan_guard.before(self.alg.act(obs))
         with watch.section("physics"):
             next_obs, rewards, dones, extras = self.env.step(actions.to(self.env.device))
         if self.after_step is not None:
             self.after_step()
         answer = next_obs.to(self.device), rewards.to(self.device), dones.to(self.device), extras
-        obs, rewards, dones, extras = self.quarantine.after(obs, answer)
+        obs, rewards, dones, extras = self.nan_guard.after(obs, answer)
         self.alg.process_env_step(obs, rewards, dones, extras)
         statistics.add(rewards, dones, extras)
         return obs
@@ -231,8 +231,8 @@ class M3PORunner(ResumableRunner):
             raise M3POError("nothing was learnt: every gradient step of the policy was skipped, as none was finite.")
 
     def _give_up(self) -> None:
-        """Stop a run whose environments are mostly in quarantine, with a checkpoint if what is learnt is finite."""
-        quarantine, saved = self.quarantine, "nothing was saved"
+        """Stop a run whose environments mostly gave NaN, with a checkpoint if what is learnt is finite."""
+        guard, saved = self.nan_guard, "nothing was saved"
         tensors = [x for _, state in network_states(self.alg.save()) for x in state.values()]
         if not all(x.isfinite().all() for x in tensors):
             saved += ", because the networks are not finite either: continue from an earlier checkpoint"
@@ -241,8 +241,8 @@ class M3PORunner(ResumableRunner):
             self.save(path)
             saved = f"saved {path}"
         raise M3POError(
-            f"{quarantine.affected:.1%} of the environments gave values that are not finite within one rollout, more "
-            f"than agent.quarantine_share={quarantine.share:g} allows; {saved}."
+            f"{guard.affected:.1%} of the environments gave values that are not finite within one rollout, more "
+            f"than agent.max_nan_fraction={guard.max_fraction:g} allows; {saved}."
         )
 
     def _row(self, steps: int, watch: Stopwatch, collect: float, update: float) -> dict[str, float]:

@@ -41,8 +41,8 @@ COLUMNS = (
 SCORE_COLUMNS = ("score_mean", "score_min", "score_tasks")
 """Columns between them in a run of several tasks."""
 
-TASK_FIELDS = ("return", "length", "success", "score", "step_reward", "episodes", "quarantined")
-"""What ``tasks.csv`` and TensorBoard say of each task, as the statistics and the quarantine name it."""
+TASK_FIELDS = ("return", "length", "success", "score", "step_reward", "episodes", "nan_envs")
+"""What ``tasks.csv`` and TensorBoard say of each task, as the statistics and the NaN guard name it."""
 
 EVALUATION_FIELDS = ("return_mean", "return_std", "length_mean", "termination_rate", "success_rate", "num_episodes")
 """Columns of ``evaluations.csv``; ``task_evaluations.csv`` has them per task, and the score."""

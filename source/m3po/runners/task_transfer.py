@@ -137,7 +137,7 @@ _LAYOUTS = (
     (r"actor\.distribution\.(log_)?std_param", ("task if same actions", "actions")),
     (r"world_model\.(reward_normalizer|values)\.(mean|var)", ("same task", "same")),
     (r"world_model\.feature_change", ("task",)),
-    (r"(gates|reward_units|world_model\.(falls|reward_normalizer|values))\.\w+", ("same task",)),
+    (r"(gates|reward_units|world_model\.(terminations|reward_normalizer|values))\.\w+", ("same task",)),
     (r"(actor|critic)\.mlp\.first\.weight|world_model\.encoder\.0\.0\.weight", ("same", "obs, embedding")),
     (r"world_model\.transition\.0\.0\.weight", ("same", "latent, actions, embedding")),
     (r"world_model\.transition\.1\.weight", ("outputs", "same")),
@@ -175,7 +175,7 @@ def transferred(
 ) -> dict[str, Any]:
     """Fit a checkpoint to other tasks.
 
-    A new task with an entry in ``init_from`` starts with the embedding of the other, and with its deviation of the
+    A new task with an entry in ``init_from`` starts with the embedding of the other, and with its std of the
     actions and its statistics of the observations where these have the same dimensions. Its rewards are its own.
 
     Args:
@@ -312,7 +312,7 @@ def _fit(
 
 
 def train_embedding_only(algorithm: M3PO | PPO) -> None:
-    """Freeze the networks: only the task embeddings and the deviations of the actions are trained then.
+    """Freeze the networks: only the task embeddings and the stds of the actions are trained then.
 
     Statistics, which are not trained, go on.
     """

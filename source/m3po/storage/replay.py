@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from m3po.errors import CheckpointError
 from m3po.storage.rollout import RolloutStorage
 
-SEQUENCE_FIELDS = ("obs", "task", "actions", "next_obs", "next_obs_valid", "rewards", "terminated", "dones", "lost")
+SEQUENCE_FIELDS = ("obs", "task", "actions", "next_obs", "next_obs_valid", "rewards", "terminated", "dones", "invalid")
 """Fields that sub-sequences are made of."""
 
 DIRECTIONS = ("gradient", "ppo", "plan")
@@ -160,9 +160,9 @@ class ReplayBuffer:
         """Collect transitions at slots (B, H) of environments (B, 1)."""
         flat = slot * self.num_envs + env
         picked = {name: self._fields[name].flatten(0, 1)[flat] for name in SEQUENCE_FIELDS}
-        dones, valid, lost = picked.pop("dones"), picked.pop("next_obs_valid"), picked.pop("lost")
+        dones, valid, invalid = picked.pop("dones"), picked.pop("next_obs_valid"), picked.pop("invalid")
         ended = torch.cumsum(dones, dim=1) - dones.long()
-        mask = (ended == 0) & ~lost
+        mask = (ended == 0) & ~invalid
         return Sequences(mask=mask, next_mask=mask & valid, **picked)
 
 

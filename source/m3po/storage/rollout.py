@@ -61,7 +61,7 @@ class RolloutStorage:
         """True terminations, (T, N)."""
         self.dones = self._flags()
         """Any end of an episode, (T, N)."""
-        self.lost = self._flags()
+        self.invalid = self._flags()
         """Steps that never took place, because an environment had to be restarted, (T, N)."""
         self.values = self._scalars()
         """Values of the observations, reward units, (T, N)."""
@@ -71,7 +71,7 @@ class RolloutStorage:
         """Lambda-returns, reward units, (T, N)."""
         self.advantages = self._scalars()
         """Advantages, in stds of the task's, (T, N)."""
-        self.any_lost = False
+        self.any_invalid = False
         self.step = 0
 
     def _groups(self, obs: TensorDict) -> TensorDict:
@@ -112,7 +112,7 @@ class RolloutStorage:
         rewards: torch.Tensor,
         terminated: torch.Tensor,
         dones: torch.Tensor,
-        lost: torch.Tensor | None = None,
+        invalid: torch.Tensor | None = None,
     ) -> None:
         """Record what the environment answered, and move on to the next step.
 
@@ -122,28 +122,28 @@ class RolloutStorage:
             rewards: Rewards, (N,).
             terminated: True terminations, (N,), boolean.
             dones: Any end of an episode, (N,), boolean.
-            lost: Environments whose step never took place, (N,), boolean; ``None``: none.
+            invalid: Environments whose step never took place, (N,), boolean; ``None``: none.
         """
         self.next_obs[self.step].copy_(next_obs.select(*self.next_obs.keys()))
         self.next_obs_valid[self.step].copy_(next_obs_valid)
         self.rewards[self.step].copy_(rewards)
         self.terminated[self.step].copy_(terminated)
         self.dones[self.step].copy_(dones)
-        if lost is not None:
-            self.lost[self.step].copy_(lost)
-            self.any_lost = True
+        if invalid is not None:
+            self.invalid[self.step].copy_(invalid)
+            self.any_invalid = True
         self.step += 1
 
     def noise(self) -> torch.Tensor:
         """What was added to the mean of the behaviour, stds of the policy, (T, N, A)."""
         return (self.actions - self.plan_mean) / self.std
 
-    def repair_lost(self) -> None:
-        """Make what lost steps hold finite, even where networks gave something else: masks multiply, and NaN stays."""
+    def repair_invalid(self) -> None:
+        """Make what invalid steps hold finite, whatever networks gave there: masks multiply, and NaN stays."""
         for name in ("actions", "mean", "std", "plan_mean", "log_pi", "log_beta", "plan_gain"):
             field = getattr(self, name)
-            lost = self.lost.view(*self.lost.shape, *[1] * (field.dim() - 2))
-            field.masked_fill_(lost & ~field.isfinite(), 1.0 if name == "std" else 0.0)
+            invalid = self.invalid.view(*self.invalid.shape, *[1] * (field.dim() - 2))
+            field.masked_fill_(invalid & ~field.isfinite(), 1.0 if name == "std" else 0.0)
 
     def of_length(self, num_steps: int) -> RolloutStorage:
         """An empty storage that differs in the number of steps alone; this one where it does not."""
@@ -153,9 +153,9 @@ class RolloutStorage:
 
     def clear(self) -> None:
         """Start the next rollout."""
-        if self.any_lost:
-            self.lost.zero_()
-            self.any_lost = False
+        if self.any_invalid:
+            self.invalid.zero_()
+            self.any_invalid = False
         self.step = 0
 
     def mini_batches(self, num_mini_batches: int, num_epochs: int) -> Iterator[dict[str, torch.Tensor | TensorDict]]:
@@ -164,7 +164,7 @@ class RolloutStorage:
         The fields are what the policy update reads.
         """
         samples = self.num_steps * self.num_envs
-        kept = (~self.lost).flatten().nonzero().squeeze(-1) if self.any_lost else None
+        kept = (~self.invalid).flatten().nonzero().squeeze(-1) if self.any_invalid else None
         size = (samples if kept is None else len(kept)) // num_mini_batches
         order = torch.randperm(num_mini_batches * size, device=self.device)
         if kept is not None:

@@ -28,7 +28,7 @@ RUN_SPEED = 9.0
 EPISODE_SECONDS = 15.0
 
 INITIAL_SPEED = 2.0
-"""Standard deviation of the horizontal velocities at the start, m/s and rad/s."""
+"""Std of the horizontal velocities at the start, m/s and rad/s."""
 
 HEIGHTS = ("torso", "pelvis")
 FRAMES = ("skull", "torso", "pelvis")

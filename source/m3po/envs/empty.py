@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from m3po.envs.interface import M3POEnv
 
 
-class AbsentEnv(M3POEnv):
+class EmptyVecEnv(M3POEnv):
     """Zero environments with the sizes of a task."""
 
     num_envs = 0

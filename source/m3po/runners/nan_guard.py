@@ -1,10 +1,10 @@
 """Environments whose numbers are not finite: masked, reset, counted, and recorded for a replay.
 
-A step whose action, observation, reward or final observation is not finite is marked as ``lost``: nothing is learnt
+A step whose action, observation, reward or final observation is not finite is marked as ``invalid``: nothing is learnt
 from it, and its episode ends as a time-out with reward 0. The environment is reset where it can be, that is where it
 has ``reset_envs(ids) -> observations``, which resets the environments ``ids``, (n,), int64, sets their
 ``episode_length_buf`` to 0, and returns the observations of all N. Otherwise it is stepped on, showing zeros for what
-is not finite, and all its steps are lost until it ends an episode by itself.
+is not finite, and all its steps are invalid until it ends an episode by itself.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
 from m3po import distributed
-from m3po.config import QUARANTINE_SHARE, check_quarantine_share
+from m3po.config import MAX_NAN_FRACTION, check_max_nan_fraction, check_runner_fields
+from m3po.deferred_flag import DeferredFlag
 from m3po.envs.interface import as_m3po_env
 from m3po.errors import CheckpointError
-from m3po.late_flag import LateFlag
 from m3po.runners.flight_recorder import FlightRecorder, is_sound
 from m3po.text import listed
 
@@ -33,12 +33,12 @@ Answer = tuple[TensorDict, torch.Tensor, torch.Tensor, dict[str, Any]]
 """Observations, rewards, dones and extras, as :meth:`rsl_rl.env.VecEnv.step` returns them."""
 
 
-class Quarantine:
+class NanGuard:
     """Stands between an environment and an algorithm. What is finite passes through it bit for bit.
 
     On a CPU it acts at once. On a GPU nothing waits for the device: values are masked there in every step, and the host
-    learns of them one step later (:class:`~m3po.late_flag.LateFlag`), when it reports and resets; that costs the
-    environment one more lost step.
+    learns of them one step later (:class:`~m3po.deferred_flag.DeferredFlag`), when it reports and resets; that costs
+    the environment one more invalid step.
     """
 
     def __init__(
@@ -48,19 +48,21 @@ class Quarantine:
 
         Args:
             env: Environment.
-            cfg: Runner configuration: ``check_for_nan`` (false: nothing is watched), ``quarantine_share``, and
+            cfg: Runner configuration: ``check_for_nan`` (false: nothing is watched), ``max_nan_fraction``, and
                 ``task`` and ``seed`` for recordings.
             log_dir: Folder that receives recordings; none are written without one.
             device: Torch device of the algorithm.
             late: Whether the host learns of a step one step later; by default on a GPU.
 
         Raises:
-            ValueError: If ``quarantine_share`` is not a share.
+            ValueError: If ``max_nan_fraction`` is not a fraction, or a field has another name now.
         """
         self.env, self.device, self.log_dir = as_m3po_env(env), device, log_dir
-        self.active, self.share = bool(cfg.get("check_for_nan", True)), cfg.get("quarantine_share", QUARANTINE_SHARE)
-        check_quarantine_share(self.share)
-        self._flag = LateFlag(device, late)
+        check_runner_fields(cfg)
+        self.active = bool(cfg.get("check_for_nan", True))
+        self.max_fraction = cfg.get("max_nan_fraction", MAX_NAN_FRACTION)
+        check_max_nan_fraction(self.max_fraction)
+        self._flag = DeferredFlag(device, late)
         self._recorder = FlightRecorder(self.env, {"task": cfg.get("task"), "seed": cfg.get("seed")})
         self._task_names: Sequence[str] = self.env.task_names
         ids = self.env.task_ids
@@ -68,13 +70,13 @@ class Quarantine:
         self._stuck = torch.zeros(env.num_envs, dtype=torch.bool, device=device)
         """Environments that are not usable before they are reset, (N,)."""
         self._counts = torch.zeros(2, env.num_envs, dtype=torch.long, device=device)
-        """Quarantines and lost steps of the rollout, (2, N)."""
+        """Steps of the rollout in which an environment became invalid, and in which it was, (2, N)."""
         self.metrics: dict[str, float] = {}
         """Counts of the rollout that was closed last."""
         self.task_metrics: dict[str, float] = {}
-        """Its quarantines of each of several tasks, as ``task/<name>/quarantined``."""
+        """Its counts of environments of each of several tasks, as ``task/<name>/nan_envs``."""
         self.affected = 0.0
-        """Share of the environments with a step lost to the quarantine in it."""
+        """Fraction of the environments with an invalid step in it."""
         self._num_files = 0 if log_dir is None else len(list(Path(log_dir).glob("nonfinite_*.pt")))  # resumed runs too
         self._num_messages = 0
 
@@ -98,7 +100,7 @@ class Quarantine:
             answer: The environment's, on the algorithm's device.
 
         Returns:
-            The answer, finite; ``extras["lost"]``, (N,), marks steps to be ignored, where there may be any.
+            The answer, finite; ``extras["invalid"]``, (N,), marks steps to be ignored, where there may be any.
         """
         if not self.active:
             return answer
@@ -110,56 +112,56 @@ class Quarantine:
         final = {} if delivered is None else {group: x.to(self.device) for group, x in _floats(delivered)}
         findings |= {f"final observation {group}": ~_finite_rows(x) & ends for group, x in final.items()}
         bad = torch.stack(list(findings.values())).any(0)
-        lost, fresh = bad | self._stuck, bad & ~self._stuck
+        invalid, fresh = bad | self._stuck, bad & ~self._stuck
         broken = torch.stack([rows for name, rows in findings.items() if name.startswith("observation")]).any(0)
-        self._stuck = (lost & ~ends) | broken
-        self._counts += torch.stack((fresh, lost))
+        self._stuck = (invalid & ~ends) | broken
+        self._counts += torch.stack((fresh, invalid))
         self._recorder.end(answer, final, findings, fresh)
-        if self._flag(lost.any()):
+        if self._flag(invalid.any()):
             obs = self._intervene(obs)
         elif not self._flag.late:
             return answer
-        return self._masked(previous, (obs, rewards, dones, extras), lost)
+        return self._masked(previous, (obs, rewards, dones, extras), invalid)
 
     def close_rollout(self) -> None:
         """Count what happened since the last call: the only time that the host always waits."""
-        quarantined, lost = self._counts.cpu()
+        nan_envs, invalid = self._counts.cpu()
         self._counts = torch.zeros_like(self._counts)
         self._num_messages = 0
-        sums = torch.stack((quarantined.sum(), lost.sum(), (lost > 0).sum(), torch.tensor(len(lost))))
+        sums = torch.stack((nan_envs.sum(), invalid.sum(), (invalid > 0).sum(), torch.tensor(len(invalid))))
         events, steps, affected, envs = distributed.total(sums).tolist()
         self.affected = affected / envs
-        self.metrics = {"robust/quarantined": float(events), "robust/lost_steps": float(steps)}
+        self.metrics = {"robust/nan_envs": float(events), "robust/invalid_steps": float(steps)}
         if events:
             print(
-                f"[m3po] {events} quarantines in this rollout, in {self.affected:.1%} of the environments; "
-                f"{steps} steps lost",
+                f"[m3po] NaN guard: {events} findings in this rollout, in {self.affected:.1%} of the environments; "
+                f"{steps} invalid steps",
                 flush=True,
             )
         if len(self._task_names) > 1:
-            sums = torch.zeros(len(self._task_names), dtype=torch.long).index_add(0, self._task_ids, quarantined)
+            sums = torch.zeros(len(self._task_names), dtype=torch.long).index_add(0, self._task_ids, nan_envs)
             counts = zip(self._task_names, distributed.total(sums).tolist(), strict=True)
-            self.task_metrics = {f"task/{name}/quarantined": float(count) for name, count in counts}
+            self.task_metrics = {f"task/{name}/nan_envs": float(count) for name, count in counts}
 
     @property
     def exceeded(self) -> bool:
-        """Whether the rollout that was closed last had more environments in quarantine than the run may go on with."""
-        return self.affected > self.share
+        """Whether more environments had invalid steps in the rollout closed last than the run may go on with."""
+        return self.affected > self.max_fraction
 
-    def _masked(self, previous: TensorDict, answer: Answer, lost: torch.Tensor) -> Answer:
+    def _masked(self, previous: TensorDict, answer: Answer, invalid: torch.Tensor) -> Answer:
         """The answer with everything finite that somebody may read."""
         obs, rewards, dones, extras = answer
         obs = obs.clone(recurse=False).update(_zeroed(obs))
         extras = dict(extras)  # the environment keeps its own
-        extras["time_outs"] = lost | extras.get("time_outs", torch.zeros_like(lost)).to(self.device).bool()
-        extras["lost"] = lost | extras.get("lost", torch.zeros_like(lost)).to(self.device)
+        extras["time_outs"] = invalid | extras.get("time_outs", torch.zeros_like(invalid)).to(self.device).bool()
+        extras["invalid"] = invalid | extras.get("invalid", torch.zeros_like(invalid)).to(self.device)
         if extras.get("final_obs") is not None:
             final = {group: x.to(self.device) for group, x in extras["final_obs"].items()}
-            extras["final_obs"] = {group: _keep(~lost, x, previous[group]) for group, x in final.items()}
-        return obs, torch.where(lost, 0.0, rewards), torch.where(lost, torch.ones_like(dones), dones), extras
+            extras["final_obs"] = {group: _keep(~invalid, x, previous[group]) for group, x in final.items()}
+        return obs, torch.where(invalid, 0.0, rewards), torch.where(invalid, torch.ones_like(dones), dones), extras
 
     def _intervene(self, obs: TensorDict) -> TensorDict:
-        """Reset what can be reset, and report what the flag was about. Returns the observations of now."""
+        """Reset what can be reset, and report what the flag was about. Returns the current observations."""
         rows = self._stuck.nonzero().squeeze(1)
         after = self.env.reset_envs(rows.to(self.env.device)) if len(rows) else None
         if after is not None:
@@ -200,7 +202,7 @@ class Quarantine:
                 where = f"; not recorded: {error}"
         of = f" of {', '.join(tasks)}" if tasks else ""
         print(
-            f"[m3po] quarantine at step {self._recorder.step}: not finite in {listed(affected)}{of}: "
+            f"[m3po] NaN guard at step {self._recorder.step}: not finite in {listed(affected)}{of}: "
             f"{', '.join(findings)}; {fate}{where}",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""The worker process of a member: builds its environments, then obeys orders until the parent closes it or dies.
+"""The worker process of a task: builds its environments, then obeys orders until the parent closes it or dies.
 
 The parent starts it by ``python -c``, not by ``multiprocessing``, which would import the parent's main module again.
 It sends the factory and its arguments first, and then orders ``(name, argument)``. The worker answers each of them with

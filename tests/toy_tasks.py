@@ -1,4 +1,4 @@
-"""The toy environment as a member of several tasks: with a log, success, a wait, and every way to fail."""
+"""The toy environment as one of several tasks: with a log, success, a wait, and every way to fail."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAILURES = {
 }
 
 
-class ToyMember(PointEnv):
+class ToyTask(PointEnv):
     """Ends of episodes differ from environment to environment, as the runner would make them."""
 
     def __init__(
@@ -71,17 +71,17 @@ class ToyMember(PointEnv):
 
 
 @contextlib.contextmanager
-def in_context(marker: str, **arguments: object) -> Iterator[ToyMember]:
+def in_context(marker: str, **arguments: object) -> Iterator[ToyTask]:
     """A factory with a context; leaves a file behind when it is left."""
     try:
-        yield ToyMember(**arguments)
+        yield ToyTask(**arguments)
     finally:
         Path(marker).write_text("left", encoding="utf-8")
 
 
-def echo(num_envs: int = 4, seed: int = 0) -> ToyMember:
+def echo(num_envs: int = 4, seed: int = 0) -> ToyTask:
     """An environment that rewards what its previous actions were: an action buffer that changes would show."""
-    env = ToyMember(num_envs, seed=seed)
+    env = ToyTask(num_envs, seed=seed)
     step, previous = env.step, [torch.zeros(num_envs, 2)]
 
     def step_and_keep(actions: torch.Tensor) -> tuple:
@@ -93,9 +93,9 @@ def echo(num_envs: int = 4, seed: int = 0) -> ToyMember:
     return env
 
 
-def on_gpu(**arguments: object) -> ToyMember:
+def on_gpu(**arguments: object) -> ToyTask:
     """The toy environment with its tensors on a GPU; computed on the CPU, so that the numbers are the same."""
-    env = ToyMember(**arguments)
+    env = ToyTask(**arguments)
     env.device = "cuda"
     step, observe = env.step, env.get_observations
 

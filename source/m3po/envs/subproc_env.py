@@ -19,7 +19,7 @@ from m3po.envs.shared_tensors import allocate, cut, synchronize
 from m3po.errors import M3POError
 
 RESTART_SEED = 1000
-"""Added to the seed of a member at each restart, so that it does not run into the same failure again."""
+"""Added to the seed of a task at each restart, so that it does not run into the same failure again."""
 
 _POLL_SECONDS = 1.0
 """How often a silent worker is checked for life; a process that it started may hold its end of the pipe open."""
@@ -31,7 +31,7 @@ _LOG_LINES = 20
 """Last lines of the log that the report of a killed worker quotes."""
 
 
-class MemberError(M3POError):
+class TaskEnvError(M3POError):
     """The environments of one task have failed."""
 
     def __init__(self, task: str, reason: str, details: str) -> None:
@@ -40,13 +40,13 @@ class MemberError(M3POError):
         Args:
             task: Name of the task.
             reason: What happened, in one line.
-            details: Traceback of the member, or the end of its output.
+            details: Traceback of the task, or the end of its output.
         """
         super().__init__(f"task '{task}': {reason}\n{details}".rstrip())
         self.task, self.reason = task, reason
 
 
-class ProcessMember(M3POEnv):
+class SubprocVecEnv(M3POEnv):
     """Environments in a process of their own, seen as if they were here. Only the group ``policy`` is passed on.
 
     Tensors are shared, without a copy through the pipe: in shared memory on the CPU, through CUDA IPC on a GPU. Those
@@ -83,7 +83,7 @@ class ProcessMember(M3POEnv):
         """Wait until the environments are built; they can be used from then on. Does nothing when called again.
 
         Raises:
-            MemberError: If they cannot be built.
+            TaskEnvError: If they cannot be built.
         """
         if self._block is None:
             sizes = self._receive()
@@ -98,7 +98,7 @@ class ProcessMember(M3POEnv):
         """Start a new process in place of a dead one, with another seed, and wait for it.
 
         Raises:
-            MemberError: If its environments cannot be built.
+            TaskEnvError: If its environments cannot be built.
         """
         self.close()
         self.restarts += 1
@@ -127,7 +127,7 @@ class ProcessMember(M3POEnv):
     def _launch(self) -> None:
         """Start the process and tell it what to build."""
         self._connection, theirs = multiprocessing.Pipe()
-        start = f"from m3po.envs.member_worker import main; main({theirs.fileno()})"
+        start = f"from m3po.envs.subproc_worker import main; main({theirs.fileno()})"
         with contextlib.ExitStack() as stack:
             stack.enter_context(theirs)
             log = stack.enter_context(open(self.log_path, "ab")) if self.log_path else None
@@ -144,7 +144,7 @@ class ProcessMember(M3POEnv):
                 stdout=log,
                 stderr=log and subprocess.STDOUT,
                 pass_fds=(theirs.fileno(),),
-                # One thread unless the user says otherwise: members that step at once would fight for the cores.
+                # One thread unless the user says otherwise: tasks that step at once would fight for the cores.
                 env={"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ},
                 start_new_session=True,  # Ctrl-C is for this process, which then closes that one
             )
@@ -214,7 +214,7 @@ class ProcessMember(M3POEnv):
             ``final_obs`` and ``success``, and their ``log`` where it is new.
 
         Raises:
-            MemberError: If the environments fail or their process dies.
+            TaskEnvError: If the environments fail or their process dies.
         """
         self.step_async(actions)
         return self.step_wait()
@@ -264,10 +264,10 @@ class ProcessMember(M3POEnv):
         except (EOFError, ConnectionResetError):
             raise self._death() from None
         if kind == "failed":
-            raise MemberError(self.task, *content)
+            raise TaskEnvError(self.task, *content)
         return content[0]
 
-    def _death(self) -> MemberError:
+    def _death(self) -> TaskEnvError:
         """Why the process has ended without a word."""
         self.close()
         code = self._process.returncode
@@ -276,4 +276,4 @@ class ProcessMember(M3POEnv):
         if self.log_path is not None:
             lines = Path(self.log_path).read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
             details = "\n".join([f"The end of {self.log_path}:", *lines])
-        return MemberError(self.task, f"its process was {by}", details)
+        return TaskEnvError(self.task, f"its process was {by}", details)

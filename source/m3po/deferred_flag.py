@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-class LateFlag:
+class DeferredFlag:
     """On a CPU the host reads the flag at once, on a GPU when the next one is handed over, one step later.
 
     By then the copy has long arrived, because a step takes longer than a copy of one byte. To ask at once would stall
