@@ -36,7 +36,6 @@ from m3po.algorithms.policy_outputs import PolicyOutputs
 from m3po.algorithms.tasks import Tasks
 from m3po.config import AlgorithmCfg
 from m3po.models import WorldModel
-from m3po.models.normalizers import learn_statistics
 from m3po.planning import Objective
 from m3po.stopwatch import Stopwatch
 from m3po.storage import ReplayBuffer, RolloutStorage
@@ -203,8 +202,8 @@ class M3PO(CheckpointParts):
         if self.storage.any_invalid:  # an environment that cannot be reset shows zeros meanwhile
             flat = flat[kept]
         if len(flat) > 0:
-            learn_statistics(self.actor, flat, (*self.average.networks, *self.newest_update.earlier.values()))
-            learn_statistics(self.critic, flat)
+            self.actor.update_normalization(flat)
+            self.critic.update_normalization(flat)
 
     def _predicted_value(self, obs: TensorDict, actions: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """Value of what follows observations and actions, reward units, (B,), as the world model predicts it."""

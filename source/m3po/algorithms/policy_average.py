@@ -36,11 +36,6 @@ class PolicyAverage:
         """What is to be played."""
         return self.actor if self._average is None else self._average.module
 
-    @property
-    def networks(self) -> list[MLPModel]:
-        """The average; none where the policy itself is played."""
-        return [] if self._average is None else [self._average.module]
-
     def update(self) -> None:
         """Take in the policy after an iteration."""
         if self._average is not None:

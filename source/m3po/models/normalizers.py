@@ -11,13 +11,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from rsl_rl.models import MLPModel
 from rsl_rl.modules.normalization import EmpiricalNormalization
-from tensordict import TensorDict
 from torch import nn
 
 from m3po import distributed
-from m3po.models.layers import linear_layers
 
 LARGEST = 100.0
 """Size from which on a sample counts as this many stds, or times the usual reward. A reward that comes once in
@@ -25,12 +22,6 @@ LARGEST = 100.0
 
 MEMORY = 2.0**20
 """Rows that older ones may weigh as much as, at most, in what policy and critic read: units follow a curriculum."""
-
-SETTLED = 4
-"""Rollouts as large as the newest, before which the statistics of policy and critic are young."""
-
-SMALL = 0.1
-"""Largest change of a mean or a std that the first layer takes up, relative to the std."""
 
 USUAL_SHARE = 0.99
 """Share of a first rollout's rewards, the smaller ones, that say what is usual."""
@@ -113,39 +104,6 @@ class BoundedNormalization(EmpiricalNormalization):
             x = bounded(x, self.get_buffer("_mean"), self.get_buffer("_var"), self.eps)
         super().update(x)
         count.clamp_(max=int(MEMORY))
-
-    def stds(self) -> torch.Tensor:
-        """What is divided by, (D,)."""
-        return self.std + self.eps
-
-
-@torch.no_grad()
-def learn_statistics(network: MLPModel, obs: TensorDict, others: Sequence[MLPModel] = ()) -> None:
-    """Let the normaliser of a network learn from observations, while the network goes on doing what it did.
-
-    Other statistics make another policy, not a better one. So the first layer takes up their change: ``W (x - m) / d +
-    b`` stays what it is. A dimension that only begins to change keeps its weights instead: in units of what it was,
-    they would be huge. Young statistics change the function as well, and so do those of tasks that share the layer.
-
-    Args:
-        network: Policy or critic.
-        obs: Observations, batch size (B,).
-        others: Networks of the same form that are given the same statistics later.
-    """
-    normalizer = network.obs_normalizer
-    if not isinstance(normalizer, BoundedNormalization):
-        network.update_normalization(obs)
-        return
-    count, mean, std = int(normalizer.get_buffer("count")), normalizer.mean, normalizer.stds()
-    network.update_normalization(obs)
-    if count < SETTLED * (int(normalizer.get_buffer("count")) - count):
-        return
-    moved, stretched = (normalizer.mean - mean) / std, normalizer.stds() / std
-    small = (moved.abs() < SMALL) & (stretched.log().abs() < SMALL)
-    moved, stretched = torch.where(small, moved, 0.0), torch.where(small, stretched, 1.0)
-    for first in (linear_layers(each.mlp)[0] for each in (network, *others)):
-        first.bias.add_(first.weight @ moved)
-        first.weight.mul_(stretched)
 
 
 def bounded(rows: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float) -> torch.Tensor:
