@@ -14,11 +14,11 @@ from tensordict import TensorDict
 from torch import nn
 
 from m3po.algorithms.tasks import Tasks
+from m3po.class_names import resolve_class
 from m3po.config import MAX_NAN_FRACTION, AlgorithmCfg, check_max_nan_fraction, from_dict
 from m3po.envs.final_observations import ask_for_final_observations
 from m3po.errors import UserError
 from m3po.models import WorldModel
-from m3po.models.class_names import resolve_class
 from m3po.models.normalizers import BoundedNormalization
 from m3po.models.task_policy import TaskMLPModel
 from m3po.storage import RolloutStorage

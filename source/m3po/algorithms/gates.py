@@ -42,32 +42,24 @@ LEAST_MODEL_STEPS = 0.25
 class Gates(nn.Module):
     """Running measurements of K tasks; part of a checkpoint."""
 
-    gain: torch.Tensor
-    judged: torch.Tensor
-    gradient_size: torch.Tensor
-    realised: torch.Tensor
-    ppo_budget: torch.Tensor
-    plan_budget: torch.Tensor
-    rewarded: torch.Tensor
-
     def __init__(self, num_tasks: int) -> None:
         """Start closed for plans, and open for what only they lead to."""
         super().__init__()
-        self.register_buffer("gain", torch.zeros(num_tasks))
+        self.gain = nn.Buffer(torch.zeros(num_tasks))
         """Rise of the real advantage along the gradient, in its stds, per std of the action."""
-        self.register_buffer("judged", torch.zeros(num_tasks))
+        self.judged = nn.Buffer(torch.zeros(num_tasks))
         """Rollouts that the gain was measured on."""
-        self.register_buffer("gradient_size", torch.ones(num_tasks))
+        self.gradient_size = nn.Buffer(torch.ones(num_tasks))
         """Root mean square of the gradients at the observations of the newest rollout, reward units per std."""
-        self.register_buffer("realised", torch.full((num_tasks,), FULL_REALISED))
+        self.realised = nn.Buffer(torch.full((num_tasks,), FULL_REALISED))
         """Advantage of planned environments over the others, in its stds."""
-        self.register_buffer("ppo_budget", torch.ones(num_tasks))
+        self.ppo_budget = nn.Buffer(torch.ones(num_tasks))
         """Part of the KL budget that PPO's update may use, per rollout."""
-        self.register_buffer("plan_budget", torch.ones(num_tasks))
+        self.plan_budget = nn.Buffer(torch.ones(num_tasks))
         """Part of their trust region that plans may use, per rollout, before :meth:`trust`."""
         self.waited = 1
         """Rollouts that the present update has waited for."""
-        self.register_buffer("rewarded", torch.zeros(num_tasks))
+        self.rewarded = nn.Buffer(torch.zeros(num_tasks))
         """Share of recent trajectories with a reward."""
 
     def trust(self, full_gain: float) -> torch.Tensor:

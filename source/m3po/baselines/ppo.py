@@ -17,9 +17,9 @@ from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
 from m3po.algorithms.tasks import Tasks
+from m3po.class_names import resolve_class
 from m3po.config import check_max_nan_fraction
 from m3po.errors import UserError
-from m3po.models.class_names import resolve_class
 from m3po.models.task_policy import TaskMLPModel
 
 BOUNDS = {

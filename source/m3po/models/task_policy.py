@@ -16,8 +16,8 @@ from rsl_rl.modules.distribution import GaussianDistribution
 from tensordict import TensorDict
 from torch import nn
 
+from m3po.class_names import resolve_class
 from m3po.errors import UserError
-from m3po.models.class_names import resolve_class
 from m3po.models.layers import linear_layers
 from m3po.models.normalizers import MEMORY, TaskNormalizer
 

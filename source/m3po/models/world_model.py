@@ -40,10 +40,6 @@ EXPLAINED_RATE = 0.2
 class WorldModel(nn.Module):
     """Encoder ``h``, dynamics ``d``, reward ``R`` and continuation ``c``; without the anchor also ``V`` and ``pi``."""
 
-    own_dims: torch.Tensor
-    explained: torch.Tensor
-    feature_change: torch.Tensor
-
     def __init__(
         self, obs_dim: int, action_dim: int, num_tasks: int, cfg: WorldModelCfg, task_dims: list[int] | None = None
     ) -> None:
@@ -69,10 +65,10 @@ class WorldModel(nn.Module):
         self.terminations = RewardStatistics(num_tasks, memory=memory)
         """What a termination earns: large and rare, it would set the reward's unit."""
         dims = torch.tensor(task_dims or [obs_dim] * num_tasks).unsqueeze(1)
-        self.register_buffer("own_dims", (torch.arange(obs_dim) < dims).to(torch.get_default_dtype()), persistent=False)
-        self.register_buffer("explained", torch.ones(num_tasks, obs_dim))
+        self.own_dims = nn.Buffer((torch.arange(obs_dim) < dims).to(torch.get_default_dtype()), persistent=False)
+        self.explained = nn.Buffer(torch.ones(num_tasks, obs_dim))
         """Running share of the change that is explained on unseen steps, of each task and dimension."""
-        self.register_buffer("feature_change", torch.ones(num_tasks))
+        self.feature_change = nn.Buffer(torch.ones(num_tasks))
         """Mean square of what a step changes in the features, of each task: nothing is gained by making them small."""
         self.task_embedding = new_embedding(num_tasks, cfg.task_embedding_dim)
 
