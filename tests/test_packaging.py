@@ -173,7 +173,8 @@ def test_the_lock_for_mjlab_is_names_versions_and_hashes_and_differs_from_the_ma
 
 @pytest.mark.slow
 @pytest.mark.sim
-def test_a_task_of_mjlab_trains_evaluates_resumes_and_plays(mjlab, tmp_path):
+def test_a_task_of_mjlab_trains_evaluates_resumes_and_plays(mjlab, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
     task = ["--task", "Mjlab-Cartpole-Balance", "--log_root", tmp_path, "--device", "cpu"]
     options = [*task, "--num_envs", 16, "--eval_interval", 2, "--eval_envs", 2]
     command = [*("-m", "m3po.cli.main", "train"), *map(str, options), "--max_iterations"]
@@ -183,9 +184,11 @@ def test_a_task_of_mjlab_trains_evaluates_resumes_and_plays(mjlab, tmp_path):
     resumed = run(mjlab, "python", *command, 3, "--resume", "latest", timeout=600)
     assert resumed.rc == 0, resumed.stderr[-3000:]
     assert "Iteration 3/3" in resumed.stdout
-    played = run(mjlab, "python", "-m", "m3po.cli.main", "play", *task, "--num_envs", 2, "--num_episodes", 2)
+    watched = ("--num_envs", 2, "--num_episodes", 2, "--video", "--video_length", 3)
+    played = run(mjlab, "python", "-m", "m3po.cli.main", "play", *task, *watched)
     assert played.rc == 0, played.stderr[-3000:]
     assert re.search(r"^Mjlab-Cartpole-Balance +\d+\.\d+ \+-", played.stdout, flags=re.MULTILINE)
+    assert "(3 frames)" in played.stdout
 
 
 @pytest.mark.slow

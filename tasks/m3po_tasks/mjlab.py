@@ -84,8 +84,6 @@ class MjlabSuite:
 class MjlabVecEnv(M3POEnv):
     """N environments. ``extras`` holds ``time_outs`` (N,), ``final_obs``, and mjlab's ``log``."""
 
-    steps_beside = False
-
     def __init__(self, env: ManagerBasedRlEnv, groups: dict[str, tuple[str, ...]]) -> None:
         """Reset all of them.
 
